@@ -1,0 +1,10 @@
+"""The operations that are worth a kernel of our own, each beside the plain PyTorch that defines it.
+
+A model imports an operation from here and never asks what hardware it is on. Shapes and layouts
+are final: the Triton versions take the same arguments.
+"""
+from kernels.attention import attention, temporal_attention
+from kernels.geglu import geglu
+from kernels.group_norm_silu import group_norm_silu
+
+__all__ = ["attention", "temporal_attention", "geglu", "group_norm_silu"]

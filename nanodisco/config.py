@@ -1,0 +1,235 @@
+"""Configuration: what a model is, as frozen dataclasses; YAML in and out; `--a.b=c` on top.
+
+One dataclass a network. A size has no default, so a file that forgets one cannot be built: sizes
+come from a YAML file, from the `config.json` of an official folder, or from the shapes of its
+tensors (sizes.py). YAML keys are the field names; an unknown one is refused with the nearest name.
+
+    config = load("config/model/sd-image-variations.yaml", ModelConfig, ["--unet.temporal=true"])
+"""
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from nanodisco.errors import InputError
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    channels: int                      # of the latent, in and out
+    widths: tuple[int, ...]            # channels of each level, finest first
+    attention: tuple[bool, ...]        # which levels have transformers; the middle always has one
+    layers: int                        # ResBlocks a level on the way down; one more on the way up
+    heads: int                         # attention heads, the same at every level
+    context: int                       # width of the cross-attention tokens
+    groups: int                        # of every GroupNorm
+    temporal: bool = False             # with the layers along frames (video)
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    channels: int                      # of the latent
+    widths: tuple[int, ...]            # channels of each level, finest first; each level after the first halves
+    layers: int                        # ResBlocks a level of the encoder; the decoder has one more
+    groups: int                        # of every GroupNorm
+    scaling: float                     # latents are multiplied by it to have a variance near one
+
+    @property
+    def factor(self) -> int:
+        """Pixels of the picture per pixel of the latent, each way."""
+        return 2 ** (len(self.widths) - 1)
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    image_size: int                    # pixels, square
+    patch: int                         # pixels of a patch: (image_size / patch)^2 + 1 tokens
+    width: int
+    layers: int
+    heads: int
+    mlp: int                           # hidden width of the feed-forward layers
+    projection: int                    # width of CLIP's shared image and text space
+    activation: str = "quick_gelu"     # or gelu
+
+    @property
+    def tokens(self) -> int:
+        return (self.image_size // self.patch) ** 2 + 1
+
+
+@dataclass(frozen=True)
+class ControlNetConfig:
+    """A hint and a copy of the UNet's encoder. Its other sizes are the UNet's."""
+    hint: str                          # pixels: a stack of convolutions | latents: one convolution
+    channels: int                      # of the hint
+    widths: tuple[int, ...] = ()       # of the pixel stack; each after the first halves. () for latents
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    steps: int                         # of the noise schedule in training
+    schedule: str                      # scaled_linear (Stable Diffusion) | linear | cosine
+    beta_start: float = 0.00085        # the two betas are unused by the cosine schedule
+    beta_end: float = 0.012
+    prediction: str = "epsilon"        # what the UNet predicts: epsilon | v
+    zero_snr: bool = False             # rescale so that the last step is pure noise
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    unet: UNetConfig
+    vae: VAEConfig
+    clip: ClipConfig
+    diffusion: DiffusionConfig
+    pose: ControlNetConfig | None = None          # None: attribute pre-training (stage 1) has no pose
+    background: ControlNetConfig | None = None
+    tokens: str = "local"              # local: trained projection | local-clip: CLIP's own | global: one token
+    uncond: str = "zeros"              # unconditional tokens: zeros | clip-zero (CLIP of an all-zero picture)
+
+    def __post_init__(self):
+        unet, clip, diffusion = self.unet, self.clip, self.diffusion
+        _require(len(unet.widths) == len(unet.attention), "unet.attention",
+                 f"has {len(unet.attention)} entries, unet.widths {len(unet.widths)}: give one a level")
+        for width in unet.widths:
+            _require(width % unet.groups == 0, "unet.widths",
+                     f"{width} is not divisible by unet.groups {unet.groups}")
+            _require(width % unet.heads == 0, "unet.widths",
+                     f"{width} is not divisible by unet.heads {unet.heads}")
+        for width in self.vae.widths:
+            _require(width % self.vae.groups == 0, "vae.widths",
+                     f"{width} is not divisible by vae.groups {self.vae.groups}")
+        _require(self.vae.channels == unet.channels, "unet.channels",
+                 f"is {unet.channels}, but the VAE's latent has {self.vae.channels}")
+        _require(clip.width % clip.heads == 0, "clip.width",
+                 f"{clip.width} is not divisible by clip.heads {clip.heads}")
+        _require(clip.image_size % clip.patch == 0, "clip.image_size",
+                 f"{clip.image_size} is not divisible by clip.patch {clip.patch}")
+        _one_of("clip.activation", clip.activation, ("quick_gelu", "gelu"))
+        _one_of("tokens", self.tokens, ("local", "local-clip", "global"))
+        _one_of("uncond", self.uncond, ("zeros", "clip-zero"))
+        _one_of("diffusion.schedule", diffusion.schedule, ("scaled_linear", "linear", "cosine"))
+        _one_of("diffusion.prediction", diffusion.prediction, ("epsilon", "v"))
+        _require(diffusion.prediction == "v" or not diffusion.zero_snr, "diffusion.zero_snr",
+                 "needs diffusion.prediction: v (epsilon says nothing about a step without signal)")
+        _require(self.tokens == "local" or clip.projection == unet.context, "unet.context",
+                 f"is {unet.context}, but tokens={self.tokens} have CLIP's width {clip.projection}")
+        for name in ("pose", "background"):
+            net = getattr(self, name)
+            if net is None:
+                continue
+            _one_of(f"{name}.hint", net.hint, ("pixels", "latents"))
+            if net.hint == "pixels":
+                _require(2 ** (len(net.widths) - 1) == self.vae.factor, f"{name}.widths",
+                         f"has {len(net.widths)} entries, but {len(self.vae.widths)} reach the latent's size")
+
+
+def _require(holds: bool, field: str, message: str) -> None:
+    if not holds:
+        raise InputError(f"{field} {message}")
+
+
+def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, field, f"is {value!r}; expected one of {', '.join(allowed)}")
+
+
+def nearest(name: str, known) -> str:
+    """`; did you mean X?`, or `; expected one of …` where nothing is near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(known)}"
+
+
+def from_dict(cls, values, where: str = ""):
+    """A plain dict (from YAML) as the dataclass `cls`, nested ones too. Refuses what does not fit."""
+    if not isinstance(values, dict):
+        raise InputError(f"{where or 'configuration'} is {values!r}; expected keys and values")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            raise InputError(f"unknown key {where}{key!r}{nearest(str(key), fields)}")
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING:
+            raise InputError(f"missing key {where}{name!r} ({_type_name(hints[name])})")
+    return cls(**{key: _convert(value, hints[key], where + key) for key, value in values.items()})
+
+
+def _convert(value, hint, where: str):
+    if isinstance(hint, types.UnionType):                               # X | None
+        return None if value is None else _convert(value, typing.get_args(hint)[0], where)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where + ".")
+    if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(item, typing.get_args(hint)[0], where) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):                        # YAML 1.1 reads 1e-4 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool) == isinstance(value, bool):
+        return value
+    raise InputError(f"{where} is {value!r}; expected {_type_name(hint)}")
+
+
+def _type_name(hint) -> str:
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {_type_name(typing.get_args(hint)[0])}"
+    if dataclasses.is_dataclass(hint):
+        return "a group of keys"
+    return getattr(hint, "__name__", str(hint))
+
+
+def to_dict(config) -> dict:
+    """The dataclass as plain dicts and lists, ready for YAML; `from_dict` takes it back."""
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+    return plain(dataclasses.asdict(config))
+
+
+def override(values: dict, arguments: list[str]) -> dict:
+    """`--unet.heads=4` set in a copy of the nested dict. The value is read as YAML."""
+    values = yaml.safe_load(yaml.safe_dump(values))
+    for argument in arguments:
+        path, equals, text = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not equals:
+            raise InputError(f"cannot read {argument!r}; expected --group.key=value")
+        *groups, key = path.split(".")
+        place = values
+        for group in groups:
+            place = place.setdefault(group, {})
+            if not isinstance(place, dict):
+                raise InputError(f"cannot set {path}: {group!r} is a value, not a group of keys")
+        try:
+            place[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InputError(f"cannot read the value of {argument!r} as YAML") from None
+    return values
+
+
+def read_yaml(path: str | Path) -> dict:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is not there") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", -1) + 1
+        raise InputError(f"{path} is not YAML (line {line})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no keys; expected a YAML file of keys and values")
+    return values
+
+
+def load(path: str | Path, cls=ModelConfig, arguments: list[str] = ()):
+    """A YAML file as the dataclass `cls`, with `--a.b=c` arguments on top."""
+    try:
+        return from_dict(cls, override(read_yaml(path), list(arguments)))
+    except InputError as error:
+        raise InputError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None

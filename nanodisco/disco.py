@@ -1,0 +1,166 @@
+"""DisCo: who sees which condition, and the loss (arXiv:2307.00040, section 3).
+
+    foreground photo ── CLIP ──► tokens ──► cross-attention of all three networks
+    background ── VAE ──► latent ──► background ControlNet ─┐
+    pose picture ──────────────────► pose ControlNet ───────┴─ summed ──► UNet ──► eps or v
+
+Three conditions, each with its own door, so each can be swapped alone. Attribute pre-training
+(stage 1) is the same class without a pose net; video the same with `unet.temporal`. Official name:
+`Net` in `net.py`, `TemConvNet` for video.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from nanodisco import diffusion
+from nanodisco.clip import ImageEncoder
+from nanodisco.config import ModelConfig
+from nanodisco.controlnet import ControlNet
+from nanodisco.temporal import fold, unfold
+from nanodisco.unet import UNet
+from nanodisco.vae import VAE
+
+
+@dataclass
+class Conditions:
+    """What the networks are shown."""
+    tokens: Tensor                     # (B, M, context), of the reference
+    pose: Tensor | None = None         # (B, 3, [F,] H, W) in [0, 1]
+    background: Tensor | None = None   # (B, C, h, w) latent, or (B, 3, H, W) in [-1, 1] for a pixel hint
+
+
+@dataclass
+class Batch:
+    """Training data: what to draw and what is known about it."""
+    target: Tensor                     # (B, 3, [F,] H, W) in [-1, 1]
+    reference: Tensor                  # (B, 3, S, S), CLIP-normalised, zero outside the person
+    background: Tensor                 # (B, 3, H, W) in [-1, 1], zero where the person stood
+    pose: Tensor | None = None         # (B, 3, [F,] H, W) in [0, 1]
+
+
+@dataclass
+class Draws:
+    """Everything random in one training step, so that the loss itself is a function."""
+    timesteps: Tensor                  # (B,) int64; a clip has one
+    noise: Tensor                      # like the latent (B, C, [F,] h, w)
+    target: Tensor                     # posterior noise of the target (B*F, C, h, w)
+    background: Tensor                 # posterior noise of the background (B, C, h, w)
+    drop_reference: Tensor             # (B,) bool: train without this reference
+    drop_pose: Tensor                  # (B, F) bool: train without this frame's pose
+
+
+class DisCo(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.vae = VAE(config.vae)
+        self.clip = ImageEncoder(config.clip, config.unet.context, config.tokens)
+        self.unet = UNet(config.unet)
+        self.pose = ControlNet(config.pose, config.unet) if config.pose else None
+        self.background = ControlNet(config.background, config.unet) if config.background else None
+
+    @torch.no_grad()
+    def start_controlnets(self) -> None:
+        """Both nets begin as copies of the UNet's encoder (ControlNet, arXiv:2302.05543, section 3.1).
+
+        official: the background's one convolution begins as a copy of the UNet's conv_in.
+        """
+        for net in (self.pose, self.background):
+            if net is not None:
+                net.encoder.load_state_dict(self.unet.encoder.state_dict())
+        if self.background is not None and self.config.background.hint == "latents":
+            theirs, ours = self.unet.encoder.conv_in, self.background.hint.conv_in
+            ours.weight[:, :theirs.in_channels].copy_(theirs.weight)
+            ours.bias.copy_(theirs.bias)
+
+    def alpha_bars(self) -> Tensor:
+        """The noise schedule.   (steps,) float32 on the model's device"""
+        return diffusion.alpha_bars(self.config.diffusion).to(self.unet.conv_out.weight.device)
+
+    def conditions(self, reference: Tensor, background: Tensor | None, pose: Tensor | None,
+                   noise: Tensor | None = None) -> Conditions:
+        """Encode pictures (as in `Batch`) once. `noise` (B, C, h, w): sample the background's posterior."""
+        if background is not None and self.config.background.hint == "latents":
+            background = self.vae.to_latent(background, noise)
+        return Conditions(self.clip(reference), pose, background)
+
+    def unconditional_tokens(self, tokens: Tensor) -> Tensor:
+        """What stands for "no reference".   (B, M, context) -> the same
+
+        official: zeros if the model was trained without dropping references, else CLIP of zeros.
+        """
+        if self.config.uncond == "zeros" or self.config.tokens == "global":
+            return torch.zeros_like(tokens)
+        size, weight = self.config.clip.image_size, self.clip.vision.conv1.weight
+        return self.clip(weight.new_zeros(1, 3, size, size)).to(tokens.dtype).expand_as(tokens)
+
+    def forward(self, zt: Tensor, t: Tensor, conditions: Conditions,
+                pose_scale: float = 1.0, background_scale: float = 1.0) -> Tensor:
+        """eps or v.   zt (B, C, h, w) or (B, C, F, h, w), t (B,) -> the shape of zt"""
+        z, frames = fold(zt)
+        tokens = conditions.tokens
+        residuals = None
+        if self.pose is not None:
+            residuals = self.pose(z, t, tokens, fold(conditions.pose)[0], frames, pose_scale)
+        if self.background is not None:
+            more = self.background(z, t, tokens, conditions.background, frames, background_scale)
+            residuals = more if residuals is None else [a + b for a, b in zip(residuals, more)]
+        out = self.unet(z, t, tokens, residuals, frames)
+        return unfold(out, frames) if zt.ndim == 5 else out
+
+    def draw(self, batch: Batch, generator: torch.Generator,
+             drop_reference: float = 0.0, drop_pose: float = 0.0) -> Draws:
+        """The random numbers of one step, in the official order. Both probabilities are a sample's own.
+
+        official: drops the reference of the whole batch or of none, and a frame's pose in every sample.
+        """
+        target, frames = fold(batch.target)
+        factor, channels, device = self.config.vae.factor, self.config.vae.channels, batch.target.device
+        latent = (channels, target.shape[2] // factor, target.shape[3] // factor)
+        samples = len(batch.target)
+        of_clip = (samples, channels, frames, *latent[1:]) if batch.target.ndim == 5 else (samples, *latent)
+        dropped = torch.rand(samples, generator=generator, device=device) < drop_reference
+        hidden = torch.rand(samples, frames, generator=generator, device=device) < drop_pose
+        return Draws(
+            target=torch.randn(len(target), *latent, generator=generator, device=device),
+            noise=torch.randn(of_clip, generator=generator, device=device),
+            timesteps=torch.randint(self.config.diffusion.steps, (samples,), generator=generator, device=device),
+            background=torch.randn(samples, *latent, generator=generator, device=device),
+            drop_reference=dropped, drop_pose=hidden)
+
+    def loss(self, batch: Batch, draws: Draws, min_snr: float | None = None) -> Tensor:
+        """Mean squared error of the predicted eps (DDPM eq. 14) or v, in float32.   -> ()
+
+        `min_snr`: weight each sample by min(SNR, min_snr) (arXiv:2303.09556); None: all alike.
+        """
+        prediction = self.config.diffusion.prediction
+        target, frames = fold(batch.target)
+        z0 = self.vae.to_latent(target, draws.target)                    # (B*F, C, h, w)
+        z0 = unfold(z0, frames) if batch.target.ndim == 5 else z0
+        conditions = self.conditions(batch.reference, batch.background, batch.pose, draws.background)
+        drop = draws.drop_reference[:, None, None]
+        if drop.any():
+            conditions.tokens = torch.where(drop, self.unconditional_tokens(conditions.tokens), conditions.tokens)
+        if draws.drop_pose.any():
+            conditions.pose = hide_pose(conditions.pose, draws.drop_pose)
+
+        a = diffusion.at(self.alpha_bars(), draws.timesteps, z0)
+        out = self(diffusion.add_noise(z0, draws.noise, a), draws.timesteps, conditions)
+        wanted = draws.noise if prediction == "epsilon" else diffusion.velocity(z0, draws.noise, a)
+        errors = mse_loss(out.float(), wanted.float(), reduction="none")
+        if min_snr is not None:
+            errors = errors * diffusion.min_snr_weight(a, min_snr, prediction)
+        return errors.mean()
+
+
+def hide_pose(pose: Tensor, hidden: Tensor) -> Tensor:
+    """official: a hidden pose is a plain picture of its own first pixel.
+
+    pose (B, 3, [F,] H, W), hidden (B, F) bool -> like pose
+    """
+    pictures, _ = fold(pose)                                             # (B*F, 3, H, W)
+    plain = pictures[:, :, :1, :1].expand_as(pictures)
+    pictures = torch.where(hidden.reshape(-1, 1, 1, 1), plain, pictures)
+    return unfold(pictures, hidden.shape[1]) if pose.ndim == 5 else pictures

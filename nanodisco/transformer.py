@@ -1,0 +1,103 @@
+"""Transformer: where pixels of a level look at each other and at the tokens of the reference photo.
+
+    SpatialTransformer   h + out(block(in(norm(h))))           pixels as a sequence of L = H*W tokens
+    block                self-attention, [attention along frames,] cross-attention to the tokens,
+                         feed-forward; each behind a LayerNorm and around a residual
+
+From Stable Diffusion (arXiv:2112.10752, section 3.3). Shapes: L pixels, M tokens (257 of CLIP), D
+width, N heads, K = D/N. Official names: `Transformer2DModel`, `BasicTransformerBlock`, `attn1`
+(self), `attn2` (cross), `tem_attn`; `to_q`, `to_k`, `to_v` are packed here into one matrix.
+"""
+from torch import Tensor, nn
+
+from kernels import attention, geglu
+from nanodisco.temporal import TemporalAttention
+
+
+class SelfAttention(nn.Module):
+    """softmax(Q K^T / sqrt(K)) V with Q, K, V of the same sequence.   (B, L, D) -> (B, L, D)"""
+
+    def __init__(self, width: int, heads: int, bias: bool = False):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)     # 3 x (B, L, N, K)
+        return self.out(attention(q, k, v).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Queries of the pixels, keys and values of the tokens.   (B*F, L, D), (B, M, context) -> (B*F, L, D)
+
+    The F frames of a clip share one set of tokens: they are seen as one picture of F*L pixels.
+    """
+
+    def __init__(self, width: int, heads: int, context: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width, bias=False)
+        self.kv = nn.Linear(context, 2 * width, bias=False)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        q = self.q(x).view(len(tokens), -1, self.heads, x.shape[-1] // self.heads)      # (B, F*L, N, K)
+        k, v = self.kv(tokens).unflatten(-1, (2, self.heads, -1)).unbind(2)             # 2 x (B, M, N, K)
+        return self.out(attention(q, k, v).view(x.shape))
+
+
+class FeedForward(nn.Module):
+    """linear(geglu(linear(x))), four times as wide inside.   (B, L, D) -> (B, L, D)"""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.up = nn.Linear(width, 8 * width)                            # value and gate
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(geglu(self.up(x)))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, [temporal attention,] cross-attention, feed-forward, each with its residual."""
+
+    def __init__(self, width: int, heads: int, context: int, temporal: bool):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.self_attn = SelfAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.cross_attn = CrossAttention(width, heads, context)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+        self.temporal = TemporalAttention(width, heads) if temporal else None
+        # official: has a norm for the temporal attention and never uses it (norm2 serves twice). It
+        # is kept, untrained, so that the official checkpoints come back out as they went in.
+        self.unused_norm = nn.LayerNorm(width).requires_grad_(False) if temporal else None
+
+    def forward(self, h: Tensor, tokens: Tensor, frames: int) -> Tensor:
+        # (B*F, L, D), (B, M, context) -> (B*F, L, D)
+        h = h + self.self_attn(self.norm1(h))
+        if self.temporal is not None:
+            h = h + self.temporal(self.norm2(h), frames)
+        h = h + self.cross_attn(self.norm2(h), tokens)
+        return h + self.ff(self.norm3(h))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the pixels of each picture.   (B*F, C, H, W) -> the same
+
+    official: its norm is per frame and has its own eps, 1e-6, where the ResBlocks have 1e-5.
+    """
+
+    def __init__(self, channels: int, heads: int, context: int, groups: int, temporal: bool = False):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels)
+        self.block = TransformerBlock(channels, heads, context, temporal)
+        self.proj_out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, tokens: Tensor, frames: int = 1) -> Tensor:
+        h = self.norm(x).flatten(2).transpose(1, 2)                      # (B*F, L, C)
+        h = self.proj_out(self.block(self.proj_in(h), tokens, frames))
+        return x + h.transpose(1, 2).reshape(x.shape)                    # (B*F, C, H, W)

@@ -1,0 +1,133 @@
+"""UNet: the network that looks at a noisy latent and says what is noise in it.
+
+Down through levels of falling size, a middle, and up again, where each level also sees the skip
+that its twin on the way down left behind. Stable Diffusion's (arXiv:2112.10752); with `temporal` it
+is DisCo's video model. Official names: `UNet2DConditionModel`, and `UNet3DConditionModel` of
+DisCo; parts `down_blocks`, `mid_block`, `up_blocks`.
+
+    z (B*F, C, h, w) ─ conv_in ─ down ─ … ─ down ─ mid ─ up ─ … ─ up ─ conv_out ─ (B*F, C, h, w)
+                          └───────┴── skips ──┴──────────┘
+"""
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from nanodisco.config import UNetConfig
+from nanodisco.layers import Down, GroupNormSiLU, ResBlock, TimeEmbedding, Up
+from nanodisco.transformer import SpatialTransformer
+
+EPS = 1e-5                             # of the norms in ResBlocks and before conv_out
+
+
+class Level(nn.Module):
+    """ResBlocks of one size, each followed by a transformer if `attention`; then Down or Up or neither."""
+
+    def __init__(self, inputs: list[int], width: int, attention: bool, config: UNetConfig,
+                 down: Down | None = None, up: Up | None = None):
+        super().__init__()
+        c = config
+        self.res = nn.ModuleList(ResBlock(c_in, width, c.groups, EPS, 4 * c.widths[0], c.temporal)
+                                 for c_in in inputs)
+        self.attn = nn.ModuleList(SpatialTransformer(width, c.heads, c.context, c.groups, c.temporal)
+                                  for _ in inputs) if attention else None
+        self.down, self.up = down, up
+
+    def step(self, i: int, h: Tensor, emb: Tensor, tokens: Tensor, frames: int) -> Tensor:
+        """The i-th ResBlock and its transformer.   (B*F, inputs[i], h, w) -> (B*F, width, h, w)"""
+        h = self.res[i](h, emb, frames)
+        return h if self.attn is None else self.attn[i](h, tokens, frames)
+
+
+class Middle(nn.Module):
+    """ResBlock, transformer, ResBlock at the smallest size."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        c, width = config, config.widths[-1]
+        self.res = nn.ModuleList(ResBlock(width, width, c.groups, EPS, 4 * c.widths[0], c.temporal)
+                                 for _ in range(2))
+        self.attn = nn.ModuleList([SpatialTransformer(width, c.heads, c.context, c.groups, c.temporal)])
+
+    def forward(self, h: Tensor, emb: Tensor, tokens: Tensor, frames: int) -> Tensor:
+        h = self.attn[0](self.res[0](h, emb, frames), tokens, frames)
+        return self.res[1](h, emb, frames)
+
+
+class Encoder(nn.Module):
+    """The UNet's way down and its middle; also what a ControlNet is a copy of.
+
+    `widths_of_skips` are the channels of the skips, in order: conv_in's output, then those of each
+    level's ResBlocks and of its Down.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        widths = config.widths
+        self.conv_in = nn.Conv2d(config.channels, widths[0], 3, padding=1)
+        self.time = TimeEmbedding(widths[0], 4 * widths[0])
+        self.down = nn.ModuleList()
+        self.widths_of_skips = [widths[0]]
+        for i, width in enumerate(widths):
+            inputs = [widths[max(i - 1, 0)]] + [width] * (config.layers - 1)
+            down = Down(width) if i < len(widths) - 1 else None
+            self.down.append(Level(inputs, width, config.attention[i], config, down=down))
+            self.widths_of_skips += [width] * (config.layers + (down is not None))
+        self.mid = Middle(config)
+
+    def forward(self, z: Tensor, t: Tensor, tokens: Tensor, frames: int = 1,
+                hint: Tensor | None = None) -> tuple[list[Tensor], Tensor, Tensor]:
+        """z (B*F, C, h, w), t (B,), tokens (B, M, context), hint (B*F, widths[0], h, w) added after conv_in
+        -> skips, middle (B*F, widths[-1], h', w'), silu of the time embedding (B*F, E)
+        """
+        emb = silu(self.time(t)).repeat_interleave(frames, dim=0)        # (B*F, E)
+        h = self.conv_in(z)
+        if hint is not None:
+            h = h + hint
+        skips = [h]
+        for level in self.down:
+            for i in range(len(level.res)):
+                h = level.step(i, h, emb, tokens, frames)
+                skips.append(h)
+            if level.down is not None:
+                h = level.down(h)
+                skips.append(h)
+        return skips, self.mid(h, emb, tokens, frames), emb
+
+
+class UNet(nn.Module):
+    """eps or v of a noisy latent, given the step and the tokens. Any size; odd sizes too."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        widths, layers = config.widths, config.layers
+        self.encoder = Encoder(config)
+        self.up = nn.ModuleList()
+        skips, below = list(self.encoder.widths_of_skips), widths[-1]
+        for i, width in reversed(list(enumerate(widths))):               # coarsest first, as in the official names
+            inputs = []
+            for _ in range(layers + 1):
+                inputs.append(below + skips.pop())
+                below = width
+            self.up.append(Level(inputs, width, config.attention[i], config, up=Up(width) if i > 0 else None))
+        self.norm_out = GroupNormSiLU(config.groups, widths[0], EPS)
+        self.conv_out = nn.Conv2d(widths[0], config.channels, 3, padding=1)
+
+    def forward(self, z: Tensor, t: Tensor, tokens: Tensor, residuals: list[Tensor] | None = None,
+                frames: int = 1) -> Tensor:
+        """z (B*F, C, h, w), t (B,), tokens (B, M, context) -> (B*F, C, h, w)
+
+        `residuals` of ControlNets, one for each skip and one for the middle, are added after the way
+        down has run: the encoder itself never sees them.
+        """
+        skips, h, emb = self.encoder(z, t, tokens, frames)
+        if residuals is not None:
+            *to_skips, to_middle = residuals
+            assert len(to_skips) == len(skips), f"{len(to_skips)} residuals for {len(skips)} skips"
+            skips = [skip + residual for skip, residual in zip(skips, to_skips)]
+            h = h + to_middle
+        for level in self.up:
+            for i in range(len(level.res)):
+                h = level.step(i, torch.cat([h, skips.pop()], dim=1), emb, tokens, frames)
+            if level.up is not None:
+                h = level.up(h, skips[-1].shape[2:])
+        return self.conv_out(self.norm_out(h, frames))

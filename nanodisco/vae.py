@@ -1,0 +1,142 @@
+"""VAE: pictures to latents, a fraction of the size, and back (Stable Diffusion, arXiv:2112.10752, 3.1).
+
+    encode   x (B, 3, H, W) in [-1, 1] -> a normal distribution over latents (B, C, H/f, W/f)
+    decode   z (B, C, h, w) -> (B, 3, h*f, w*f), about [-1, 1]
+
+f = 2^(levels - 1): 8 for SD. Networks work on latents times `scaling` (0.18215 for SD), which gives
+them a variance near one: `to_latent` and `to_picture` apply it. Official name: `AutoencoderKL`.
+"""
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from nanodisco.config import VAEConfig
+from nanodisco.layers import Down, GroupNormSiLU, ResBlock, Up
+from nanodisco.transformer import SelfAttention
+
+EPS = 1e-6                             # of every norm here; the UNet has 1e-5
+COLOURS = 3
+
+
+@dataclass
+class Posterior:
+    """q(z | x) = N(mean, exp(logvar)), before scaling.   mean, logvar (B, C, h, w)"""
+    mean: Tensor
+    logvar: Tensor                     # within [-30, 20]
+
+    def sample(self, noise: Tensor | None = None) -> Tensor:
+        """mean + std * noise; the mean itself if there is no noise.   (B, C, h, w)"""
+        return self.mean if noise is None else self.mean + (0.5 * self.logvar).exp() * noise
+
+
+class PixelAttention(nn.Module):
+    """One head of self-attention over all pixels, with biases.   (B, C, H, W) -> the same"""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, EPS)
+        self.attn = SelfAttention(channels, heads=1, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.attn(self.norm(x).flatten(2).transpose(1, 2))           # (B, H*W, C)
+        return x + h.transpose(1, 2).reshape(x.shape)
+
+
+class Middle(nn.Module):
+    """ResBlock, attention, ResBlock at the smallest size.   (B, C, h, w) -> the same"""
+
+    def __init__(self, width: int, groups: int):
+        super().__init__()
+        self.res = nn.ModuleList(ResBlock(width, width, groups, EPS) for _ in range(2))
+        self.attn = PixelAttention(width, groups)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.res[1](self.attn(self.res[0](h)))
+
+
+class Level(nn.Module):
+    """ResBlocks of one size, then Down or Up or neither."""
+
+    def __init__(self, c_in: int, width: int, layers: int, groups: int, resize: nn.Module | None):
+        super().__init__()
+        self.res = nn.ModuleList(ResBlock(c_in if i == 0 else width, width, groups, EPS) for i in range(layers))
+        self.resize = resize or nn.Identity()
+
+    def forward(self, h: Tensor) -> Tensor:                              # (B, c_in, h, w) -> (B, width, h', w')
+        for res in self.res:
+            h = res(h)
+        return self.resize(h)
+
+
+class PictureEncoder(nn.Module):
+    """(B, 3, H, W) -> mean and logvar side by side (B, 2 C, h, w)"""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, groups = config.widths, config.groups
+        self.conv_in = nn.Conv2d(COLOURS, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(widths[max(i - 1, 0)], width, config.layers, groups,
+                  Down(width, one_sided=True) if i < len(widths) - 1 else None)
+            for i, width in enumerate(widths))
+        self.mid = Middle(widths[-1], groups)
+        self.norm_out = GroupNormSiLU(groups, widths[-1], EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+        return self.conv_out(self.norm_out(self.mid(h)))
+
+
+class PictureDecoder(nn.Module):
+    """(B, C, h, w) -> (B, 3, H, W)"""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, groups = config.widths[::-1], config.groups              # coarsest first
+        self.conv_in = nn.Conv2d(config.channels, widths[0], 3, padding=1)
+        self.mid = Middle(widths[0], groups)
+        self.up = nn.ModuleList(
+            Level(widths[max(i - 1, 0)], width, config.layers + 1, groups,
+                  Up(width) if i < len(widths) - 1 else None)
+            for i, width in enumerate(widths))
+        self.norm_out = GroupNormSiLU(groups, widths[-1], EPS)
+        self.conv_out = nn.Conv2d(widths[-1], COLOURS, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(z))
+        for level in self.up:
+            h = level(h)
+        return self.conv_out(self.norm_out(h))
+
+
+class VAE(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.scaling = config.scaling
+        self.encoder = PictureEncoder(config)
+        self.decoder = PictureDecoder(config)
+        self.to_moments = nn.Conv2d(2 * config.channels, 2 * config.channels, 1)      # official: quant_conv
+        self.from_latent = nn.Conv2d(config.channels, config.channels, 1)             # official: post_quant_conv
+
+    def encode(self, x: Tensor) -> Posterior:
+        """x (B, 3, H, W) in [-1, 1] -> q(z | x) with mean and logvar (B, C, h, w)"""
+        mean, logvar = self.to_moments(self.encoder(x)).chunk(2, dim=1)
+        return Posterior(mean, logvar.clamp(-30, 20))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z (B, C, h, w), not scaled -> (B, 3, H, W), about [-1, 1], not clamped"""
+        return self.decoder(self.from_latent(z))
+
+    def to_latent(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """What the networks see: scaling * (mean + std * noise).   (B, 3, H, W) -> (B, C, h, w)
+
+        official: always samples the posterior, at inference too. Without noise it is the mean.
+        """
+        return self.scaling * self.encode(x).sample(noise)
+
+    def to_picture(self, z: Tensor) -> Tensor:
+        """The inverse: z (B, C, h, w), scaled -> (B, 3, H, W) in [0, 1]"""
+        return (self.decode(z / self.scaling) / 2 + 0.5).clamp(0, 1)
