@@ -127,6 +127,9 @@ def _look_up(name: str, tables) -> str:
 
 DIFFUSERS_FOLDERS = {"unet": "unet.", "vae": "vae.", "image_encoder": "clip_image_encoder."}   # folder -> prefix
 
+TELLING = {"time_embedding.linear_1.weight": "unet.", "quant_conv.weight": "vae.",            # a name -> whose it is
+           "vision_model.embeddings.class_embedding": "clip_image_encoder."}
+
 VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}   # until 2023 -> since
 
 
@@ -148,7 +151,7 @@ COMPVIS_NETWORKS = {"model.diffusion_model.": "unet.", "first_stage_model.": "va
 
 COMPVIS_DROPPED = re.compile(                        # known and of no use here: text encoder, EMA twin, tables
     r"^(cond_stage_model\.|model_ema\.|betas$|alphas_cumprod|sqrt_|log_one_minus_|posterior_|logvar$"
-    r"|lvlb_weights$|scale_factor$|first_stage_model\.loss\.|model_ema\b)")
+    r"|lvlb_weights$|scale_factor$|first_stage_model\.loss\.)")
 
 COMPVIS_RES = [("in_layers.0.", "norm1."), ("in_layers.2.", "conv1."), ("emb_layers.1.", "time_emb_proj."),
                ("out_layers.0.", "norm2."), ("out_layers.3.", "conv2."), ("skip_connection.", "conv_shortcut.")]

@@ -1,0 +1,33 @@
+"""Files appear whole or not at all: written beside their place, then renamed into it."""
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nanodisco.errors import InputError
+
+
+@contextmanager
+def appearing(path: str | Path) -> Iterator[Path]:
+    """A place to write the file or folder `path` to; it takes that name when the block ends well.
+
+    The place does not exist yet: make it a file or a folder. An existing `path` is never touched.
+    Whatever goes wrong, nothing is left behind; a full disk or a forbidden folder is an InputError.
+    """
+    path = Path(path)
+    if path.exists():
+        raise InputError(f"{path} is already there; remove it or choose another name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    try:
+        yield beside / path.name
+        os.rename(beside / path.name, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}; nothing was written") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,141 @@
+"""Loading: weights files, one after another, become one DisCo.
+
+    model = load("sd-image-variations-diffusers", "mp_rank_00_model_states.pt")
+
+Later files win. What no file holds is started as the official program starts it: ControlNets as
+copies of the first file's UNet, the token projection as CLIP's own, temporal layers without effect.
+"""
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nanodisco import sizes, weights
+from nanodisco.config import ModelConfig, from_dict, override, read_yaml
+from nanodisco.disco import DisCo
+from nanodisco.errors import InputError
+from nanodisco.names import official
+from nanodisco.weights import Tensors, Weights
+
+ASSUMED = Path(__file__).parent.parent / "config" / "model" / "sd-image-variations.yaml"
+ORDER = ("base", "stage1", "image", "temporal")      # each holds what the ones before it hold, and more
+NETS = {"pose": "controlnet.nets.0.", "background": "controlnet.nets.1."}
+HINT = "controlnet_cond_embedding."
+ENCODER = ("unet.conv_in.", "unet.time_embedding.", "unet.down_blocks.", "unet.mid_block.")
+
+
+def load(*paths: str | Path, variant: str | None = None, config: str | Path | None = None,
+         overrides: list[str] = (), dtype: torch.dtype | None = torch.float32, seed: int = 0,
+         say: Callable[[str], None] = print) -> DisCo:
+    """Build the model that these files make, on the CPU, in eval mode. Bad files are an InputError.
+
+    variant: stage1 | image | temporal; None: what the files hold, image for a base model alone.
+    config: a YAML file for what shapes do not say; overrides: `--unet.heads=4` on top.
+    dtype: of all weights; None keeps what the files have. seed: for what is started afresh.
+    """
+    files = [weights.open_weights(path) for path in paths]
+    tensors, started = _merge(files, variant or _variant_of(files))
+    source = " + ".join(str(path) for path in paths)
+    try:
+        model_config = _config_of(files, tensors, started, config, overrides, say)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    with torch.device("meta"):
+        model = DisCo(model_config)
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    held = {key: shape for key, shape in shapes.items() if not _is_fresh(key, started)}
+    ours = weights.to_ours(tensors, held, source)
+    model.load_state_dict(ours, strict=False, assign=True)
+    _initialise(model, seed)
+    for part in started:
+        say(f"not in the files: {part}")
+    return model.to(dtype).eval() if dtype else model.eval()
+
+
+def _variant_of(files: list[Weights]) -> str:
+    most = max(files, key=lambda file: ORDER.index(file.variant)).variant
+    return "image" if most == "base" else most
+
+
+def _merge(files: list[Weights], variant: str) -> tuple[Tensors, dict[str, tuple[str, ...]]]:
+    """All tensors of the files, later ones winning, and copies for nets that none of them holds.
+
+    -> tensors, {what was started and how: parts of the names that stay to be initialised}
+    """
+    tensors: Tensors = {}
+    for file in files:
+        if ORDER.index(file.variant) > ORDER.index(variant):
+            raise InputError(f"{file.path} holds a {file.variant} model; it cannot be read as {variant}")
+        tensors |= file.tensors
+    together = " + ".join(str(file.path) for file in files)
+    absent = [part.rstrip(".") for part in ("unet.", "vae.", "clip_image_encoder.") if not _has(tensors, part)]
+    if absent:
+        raise InputError(f"{together}: no weights of {', '.join(absent)}; name a folder of SD image variations first")
+    base = next(file for file in files if _has(file.tensors, "unet."))
+    started: dict[str, tuple[str, ...]] = {}
+    for net, prefix in NETS.items():
+        if _has(tensors, prefix) or (net == "pose" and variant == "stage1"):
+            continue
+        tensors |= {prefix + name.removeprefix("unet."): tensor.clone()
+                    for name, tensor in base.tensors.items() if name.startswith(ENCODER)}
+        new = (prefix + "controlnet_down_blocks.", prefix + "controlnet_mid_block.")
+        if net == "background":                  # official: its first convolution starts as the UNet's, not as zero
+            tensors |= {f"{prefix}{HINT}conv_in.{end}": base.tensors[f"unet.conv_in.{end}"].clone()
+                        for end in ("weight", "bias")}
+        else:
+            new += (prefix + HINT,)
+        started[f"{net} net; started as a copy of the UNet's encoder in {base.path}"] = new
+    if all(file.variant == "base" for file in files):
+        tensors.setdefault("refer_clip_proj.weight", tensors["clip_image_encoder.visual_projection.weight"].clone())
+        started["token projection; started as a copy of CLIP's own"] = ()
+    if variant == "temporal" and not any(".tem_conv." in name for name in tensors):
+        started["temporal layers; started without effect"] = (".tem_",)
+    return tensors, started
+
+
+def _has(tensors: Tensors, prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in tensors)
+
+
+def _is_fresh(ours: str, started: dict[str, tuple[str, ...]]) -> bool:
+    theirs = official(ours).theirs[0]
+    return any(part in theirs for parts in started.values() for part in parts)
+
+
+def _config_of(files: list[Weights], tensors: Tensors, started: dict, path, overrides, say) -> ModelConfig:
+    """Shapes first; then the given YAML file, or what came with the files; then SD's usual values, said."""
+    usual = read_yaml(ASSUMED)
+    given = [read_yaml(path)] if path else [file.known for file in files]
+    values = sizes.from_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    unfilled = [part for parts in started.values() for part in parts]
+    if ".tem_" in unfilled:
+        values["unet"]["temporal"] = True
+    if NETS["pose"] + HINT in unfilled:
+        values["pose"] = next((known["pose"] for known in reversed(given) if known.get("pose")), usual["pose"])
+    assumed = []
+    for group in ("unet", "vae", "clip", "diffusion"):
+        told = {key: value for known in given for key, value in known.get(group, {}).items()}
+        shown = {key: value for key, value in values.get(group, {}).items() if value is not None}
+        guessed = {key: value for key, value in usual[group].items() if key not in told | shown}
+        assumed += [f"{group}.{key} {value}" for key, value in guessed.items()]
+        values[group] = guessed | told | shown
+    told = {key: known[key] for known in given for key in ("tokens", "uncond") if key in known}
+    if values["tokens"] == "local":                                      # the trained projection is there
+        told.pop("tokens", None)
+    if assumed:
+        say(f"not in the files, taken from {ASSUMED.name}: " + ", ".join(assumed))
+    config = from_dict(ModelConfig, override(values | told, list(overrides)))
+    for file in files:
+        sizes.check_config_json(file.config_json, config, file.path)
+    return config
+
+
+def _initialise(model: nn.Module, seed: int) -> None:
+    """Give every module that no file filled its own start, drawn from `seed`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for module in model.modules():
+            if any(tensor.is_meta for tensor in module.parameters(recurse=False)):
+                module.to_empty(device="cpu", recurse=False)
+                module.reset_parameters()

@@ -1,0 +1,302 @@
+"""Weights: official files in, official files out.
+
+    diffusers    folder with unet/ vae/ image_encoder/ (.safetensors or .bin), as SD image variations has it
+    CompVis      .ckpt of Stable Diffusion (its UNet and VAE)
+    DisCo        mp_rank_00_model_states.pt, or the `module` dict in it: stage 1, image, temporal
+    nanodisco    our folder: model.safetensors, config.yaml
+
+Whatever the format, `open_weights` gives tensors under the official names of a DisCo `module` dict
+in one spelling; `to_ours` and `to_official` go between those and the names of our networks. Every
+tensor is used, or dropped by a rule that names it, or the file is refused.
+"""
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nanodisco import names, sizes, unpickle
+from nanodisco.config import ModelConfig, load as load_config, to_dict
+from nanodisco.errors import InputError
+from nanodisco.files import appearing
+
+Tensors = dict[str, Tensor]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+UNET_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
+              "diffusion_pytorch_model.fp16.safetensors")
+COMPONENT_FILES = {"unet": UNET_FILES, "vae": UNET_FILES,
+                   "image_encoder": ("model.safetensors", "pytorch_model.bin", "model.fp16.safetensors")}
+DEEPSPEED_FILE = "mp_rank_00_model_states.pt"
+
+
+@dataclass
+class Weights:
+    """What one file or folder holds."""
+    path: Path
+    kind: str                                            # diffusers | CompVis | DisCo | nanodisco
+    tensors: Tensors                                     # official names, older VAE spelling, stage 1 as nets.1
+    dropped: list[str] = field(default_factory=list)     # names that are known and of no use
+    known: dict = field(default_factory=dict)            # of the ModelConfig, beyond what shapes say
+    config_json: dict = field(default_factory=dict)      # network -> its config.json
+    note: str = ""                                       # what else the file tells of itself
+
+    @property
+    def variant(self) -> str:
+        """base (no ControlNets) | stage1 | image | temporal"""
+        if any(".tem_conv." in name for name in self.tensors):
+            return "temporal"
+        if any(name.startswith("controlnet.nets.0.") for name in self.tensors):
+            return "image"
+        return "stage1" if any(name.startswith("controlnet.") for name in self.tensors) else "base"
+
+
+# ---- Opening ------------------------------------------------------------------------------------------------
+
+def open_weights(path: str | Path) -> Weights:
+    """Recognise a file or folder and give its tensors under their official names."""
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path} is not there; expected a weights file or folder")
+    try:
+        found = _open_folder(path) if path.is_dir() else _open_file(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+    for name, tensor in found.tensors.items():
+        if tensor.dtype not in DTYPES:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(f"{path}: {name} is {dtype}; expected float32, float16 or bfloat16 weights")
+    return found
+
+
+def read_tensors(path: Path):
+    """The content of one weights file: a dict of tensors, or whatever the checkpoint holds."""
+    if path.stat().st_size == 0:
+        raise InputError(f"{path} is empty; download or copy it again")
+    if path.suffix != ".safetensors":
+        return unpickle.load(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a whole safetensors file ({path.stat().st_size:,} bytes; "
+                         f"{str(error).splitlines()[0]}); download or copy it again") from None
+
+
+def _open_folder(folder: Path) -> Weights:
+    if (folder / "model.safetensors").exists() and (folder / "config.yaml").exists():
+        config = load_config(folder / "config.yaml", ModelConfig)
+        ours = read_tensors(folder / "model.safetensors")
+        return Weights(folder, "nanodisco", to_official(ours), known=to_dict(config))
+    if any((folder / name).is_dir() for name in COMPONENT_FILES):
+        return _open_diffusers(folder)
+    if (folder / DEEPSPEED_FILE).exists():
+        return _open_file(folder / DEEPSPEED_FILE)
+    if (folder / "latest").exists():                                     # DeepSpeed's log folder names its newest tag
+        tag = (folder / "latest").read_text().strip()
+        return _open_file(folder / tag / DEEPSPEED_FILE)
+    if (folder / "config.yaml").exists() or (folder / "model.safetensors").exists():
+        missing = "model.safetensors" if (folder / "config.yaml").exists() else "config.yaml"
+        raise InputError(f"{folder} has no {missing}; a nanodisco folder holds model.safetensors and config.yaml")
+    raise InputError(f"{folder} holds no weights; expected unet/ vae/ image_encoder/ (Stable Diffusion), "
+                     f"{DEEPSPEED_FILE} (DisCo), or model.safetensors with config.yaml (nanodisco)")
+
+
+def _open_diffusers(folder: Path) -> Weights:
+    found = Weights(folder, "diffusers", {})
+    files = found.config_json
+    for component, prefix in names.DIFFUSERS_FOLDERS.items():
+        if not (folder / component).is_dir():
+            continue                                                     # a later file may have it
+        files[component] = sizes.read_json(folder / sizes.FILES[component])
+        path = next((folder / component / name for name in COMPONENT_FILES[component]
+                     if (folder / component / name).exists()), None)
+        if path is None:
+            raise InputError(f"{folder / component} holds no weights; expected {COMPONENT_FILES[component][0]} "
+                             f"or {COMPONENT_FILES[component][1]}")
+        tensors = read_tensors(path)
+        if not _is_state_dict(tensors):
+            raise InputError(f"{path} holds no tensors by name; expected the weights of {component}")
+        for name, tensor in tensors.items():
+            _take(found, prefix + name, tensor)
+    if (folder / sizes.FILES["scheduler"]).exists():
+        files["scheduler"] = sizes.read_json(folder / sizes.FILES["scheduler"])
+    found.known = sizes.from_config_json(files)
+    return found
+
+
+def _open_file(path: Path) -> Weights:
+    if not path.exists():
+        raise InputError(f"{path} is not there; expected a weights file")
+    content, note = read_tensors(path), ""
+    for key in ("module", "models", "model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict) and content[key]:
+            steps = content.get("global_steps", content.get("global_step"))
+            note = f"under {key!r}" + (f", step {steps}" if isinstance(steps, int) else "")
+            content = content[key]
+            break
+    if not _is_state_dict(content):
+        raise InputError(f"{path} holds no tensors by name; expected a DisCo or Stable Diffusion checkpoint")
+    if any(name.startswith("model.diffusion_model.") for name in content):
+        return _from_compvis(Weights(path, "CompVis", {}, note=note), content)
+    alone = next((prefix for name, prefix in names.TELLING.items() if name in content), None)
+    if alone:                                                            # one network out of a diffusers folder
+        return _from_diffusers_part(path, alone, content)
+    if not any(name.startswith(("unet.", "controlnet.")) for name in content):
+        some = ", ".join(sorted(content)[:3])
+        raise InputError(f"{path} is of another network (its tensors: {some}, …); expected a DisCo checkpoint "
+                         "or a Stable Diffusion .ckpt")
+    found = Weights(path, "DisCo", {}, note=note)
+    numbered = any(name.startswith("controlnet.nets.") for name in content)
+    for name, tensor in content.items():
+        if name.startswith("controlnet.") and not numbered:              # stage 1 has one net, without a number
+            name = "controlnet.nets.1." + name.removeprefix("controlnet.")
+        _take(found, name, tensor)
+    return found
+
+
+def _from_diffusers_part(path: Path, prefix: str, content: Tensors) -> Weights:
+    found = Weights(path, "diffusers", {}, note="one network of a folder")
+    for name, tensor in content.items():
+        _take(found, prefix + name, tensor)
+    if (path.parent / "config.json").exists():
+        component = next(name for name, p in names.DIFFUSERS_FOLDERS.items() if p == prefix)
+        found.config_json = {component: sizes.read_json(path.parent / "config.json")}
+        found.known = sizes.from_config_json(found.config_json)
+    return found
+
+
+def _from_compvis(found: Weights, content: Tensors) -> Weights:
+    spelled = names.compvis_names(content)
+    for name, tensor in content.items():
+        if name in spelled:
+            _take(found, spelled[name], tensor[..., 0, 0] if _is_conv1x1_there(spelled[name], tensor) else tensor)
+        elif names.COMPVIS_DROPPED.match(name):
+            found.dropped.append(name)
+        else:
+            found.tensors[name] = tensor                                 # unexpected: to_ours will say so
+    return found
+
+
+def _is_conv1x1_there(name: str, tensor: Tensor) -> bool:
+    """The VAE's attention is linear in official names and a 1x1 convolution in CompVis's."""
+    return name.startswith("vae.") and ".attentions." in name and tensor.ndim == 4
+
+
+def _take(found: Weights, name: str, tensor: Tensor) -> None:
+    if name == names.POSITION_IDS:
+        found.dropped.append(name)
+    else:
+        found.tensors[names.vae_spelling(name, new=False)] = tensor
+
+
+def _is_state_dict(content) -> bool:
+    """At least one tensor, all under strings. (A stub among them is dropped by nobody: refused later.)"""
+    return (isinstance(content, dict) and bool(content)
+            and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()))
+
+
+# ---- Between the official names and ours ----------------------------------------------------------------------
+
+def to_ours(tensors: Tensors, shapes: dict[str, torch.Size], source: str) -> Tensors:
+    """Official tensors as ours, for a model with these tensors of ours. Any mismatch is an InputError.
+
+    `shapes`: our names -> shapes; `source` names the files in the message.
+    """
+    expected = official_shapes(shapes)
+    missing = [name for name in expected if name not in tensors]
+    unexpected = [name for name in tensors if name not in expected]
+    misshapen = [f"{name} {list(tensors[name].shape)} instead of {list(expected[name])}"
+                 for name in expected if name in tensors and tuple(tensors[name].shape) != expected[name]]
+    if missing or unexpected or misshapen:
+        raise InputError(f"{source} does not fit this model: " + "; ".join(
+            f"{len(bad)} {what} ({', '.join(bad[:10])}{', …' if len(bad) > 10 else ''})"
+            for what, bad in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)) if bad))
+    ours = {}
+    for key, shape in shapes.items():
+        name = names.official(key)
+        parts = [tensors[theirs] for theirs in name.theirs]
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        ours[key] = (tensor.T.contiguous() if name.transposed else tensor).reshape(shape)
+    return ours
+
+
+def to_official(ours: Tensors) -> Tensors:
+    """Our tensors under official names: the inverse of `to_ours`."""
+    official = {}
+    for key, tensor in ours.items():
+        name = names.official(key)
+        tensor = tensor.T if name.transposed else tensor
+        tensor = tensor[..., None, None] if name.conv1x1 else tensor
+        official.update(zip(name.theirs, tensor.chunk(len(name.theirs))))
+    return official
+
+
+def official_shapes(shapes: dict[str, torch.Size]) -> dict[str, tuple[int, ...]]:
+    """Shapes of our tensors as the shapes of the official ones."""
+    on_meta = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    return {name: tuple(tensor.shape) for name, tensor in to_official(on_meta).items()}
+
+
+# ---- Writing --------------------------------------------------------------------------------------------------
+
+def write_folder(folder: Path, ours: Tensors, config: ModelConfig) -> None:
+    """Our own format: model.safetensors and config.yaml."""
+    with appearing(folder) as place:
+        place.mkdir()
+        _save(ours, place / "model.safetensors")
+        (place / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+
+
+def write_disco(path: Path, ours: Tensors, config: ModelConfig) -> None:
+    """The `module` dict of the official program, as .safetensors, or in a .pt that the program loads."""
+    module = _with_position_ids(to_official(ours), config)
+    if config.pose is None:                                              # stage 1
+        module = {name.replace("controlnet.nets.1.", "controlnet."): tensor for name, tensor in module.items()}
+    with appearing(path) as place:
+        _save(module, place)
+
+
+def write_diffusers(folder: Path, ours: Tensors, config: ModelConfig, old_names: bool = False) -> None:
+    """A folder that diffusers and transformers open: unet/ vae/ image_encoder/ scheduler/.
+
+    `old_names`: the VAE attention's names of 2022 and CLIP's position_ids, as the official files have.
+    """
+    official = to_official({key: tensor for key, tensor in ours.items() if key.startswith(("unet.", "vae.", "clip."))})
+    if old_names:
+        official = _with_position_ids(official, config)
+    with appearing(folder) as place:
+        for component, prefix in names.DIFFUSERS_FOLDERS.items():
+            (place / component).mkdir(parents=True)
+            tensors = {names.vae_spelling(name, new=not old_names).removeprefix(prefix): tensor
+                       for name, tensor in official.items() if name.startswith(prefix)}
+            _save(tensors, place / component / COMPONENT_FILES[component][0])
+        for network, values in sizes.to_config_json(config).items():
+            path = place / sizes.FILES[network]
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _with_position_ids(official: Tensors, config: ModelConfig) -> Tensors:
+    return official | {names.POSITION_IDS: torch.arange(config.clip.tokens)[None]}
+
+
+def _save(tensors: Tensors, path: Path) -> None:
+    """Write tensors by name, each with memory of its own: a view would drag all of its memory along."""
+    tensors = {name: _alone(tensor) for name, tensor in tensors.items()}
+    try:
+        if path.suffix == ".safetensors":
+            save_file(tensors, path, {"format": "pt"})
+        else:
+            torch.save({"module": tensors}, path)
+    except (SafetensorError, RuntimeError) as error:                     # how a full disk shows itself there
+        raise OSError(str(error).splitlines()[0]) from None
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

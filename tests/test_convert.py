@@ -1,0 +1,178 @@
+"""python -m nanodisco.convert: what a user types, sees, and gets for bad input."""
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from formula import golden, model
+from nanodisco import convert, loading, weights
+from nanodisco.errors import run
+from test_weights import assert_same_weights, quiet, write_checkpoint, write_compvis, write_sd_folder
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory):
+    return write_sd_folder(tmp_path_factory.mktemp("base") / "sd")
+
+
+@pytest.fixture
+def refused(capsys, tmp_path):
+    """Run the command line in this process; it must end with 2 and one line, and leave nothing behind."""
+    def call(*arguments) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as ended:
+            run(lambda: convert.main([str(argument) for argument in arguments]))
+        assert ended.value.code == 2
+        assert sorted(tmp_path.rglob("*")) == before
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        return error
+    return call
+
+
+def test_import_and_export_by_command_line_lose_nothing(sd, tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "mp_rank_00_model_states.pt")
+    convert.main(["import", str(sd), str(checkpoint), "--out", str(tmp_path / "ours")])
+    assert_same_weights(quiet(tmp_path / "ours"), model("image"))
+    convert.main(["export", str(tmp_path / "ours"), "--to", "disco", "--out", str(tmp_path / "back.pt")])
+    back, there = (torch.load(path, weights_only=True)["module"] for path in (tmp_path / "back.pt", checkpoint))
+    assert back.keys() == there.keys() and all(torch.equal(back[name], there[name]) for name in there)
+
+
+def test_import_takes_any_field_of_the_configuration(sd, tmp_path):
+    convert.main(["import", str(sd), "--out", str(tmp_path / "ours"), "--uncond=clip-zero", "--dtype", "fp16"])
+    loaded = quiet(tmp_path / "ours", dtype=None)
+    assert loaded.config.uncond == "clip-zero" and loaded.unet.conv_out.weight.dtype == torch.float16
+
+
+def test_a_deepspeed_log_folder_is_opened_at_its_newest_tag(sd, tmp_path):
+    (tmp_path / "log" / "1999.pth").mkdir(parents=True)
+    write_checkpoint(tmp_path / "log" / "1999.pth" / "mp_rank_00_model_states.pt")
+    (tmp_path / "log" / "latest").write_text("1999.pth\n")
+    assert_same_weights(quiet(sd, tmp_path / "log"), model("image"))
+
+
+def test_inspect_says_what_it_is_its_sizes_and_what_is_missing(tmp_path, capsys):
+    convert.main(["inspect", str(write_checkpoint(tmp_path / "x.pt", "stage1", torch.float16))])
+    said = capsys.readouterr().out
+    assert "DisCo, attribute pre-training (stage 1) (under 'module', step 1999)" in said
+    assert "684 tensors     3,222,692 values, float16" in said and "widths 32 64 64 64" in said
+    assert "not used" in said and "position_ids (1)" in said
+    assert "for sampling pictures" in said and "lacks pose ControlNet" in said
+
+
+@pytest.mark.parametrize("write, kind", [(write_compvis, "CompVis, Stable Diffusion"), (write_sd_folder, "diffusers, Stable Diffusion"),
+                                         (write_checkpoint, "DisCo, picture model")])
+def test_inspect_tells_the_formats_apart(tmp_path, capsys, write, kind):
+    convert.main(["inspect", str(write(tmp_path / "weights.ckpt"))])
+    assert kind in capsys.readouterr().out
+
+
+def test_what_started_afresh_and_what_was_assumed_is_said(sd, tmp_path, capsys):
+    loading.load(sd)
+    assert "pose net; started as a copy of the UNet's encoder" in capsys.readouterr().out
+    settings = ["--unet.heads=4", "--unet.groups=8", "--vae.groups=8", "--clip.heads=4"]
+    loading.load(write_checkpoint(tmp_path / "alone.pt"), overrides=settings)
+    assert "taken from sd-image-variations.yaml: unet.heads 8, unet.groups 32" in capsys.readouterr().out
+
+
+def test_help_answers_before_torch_is_imported():
+    code = ("import sys; sys.argv = ['convert', '--help']\n"
+            "from nanodisco import convert\n"
+            "try: convert.main()\nexcept SystemExit: assert 'torch' not in sys.modules, 'torch was imported'")
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+# ---- Bad input -----------------------------------------------------------------------------------------
+
+def test_a_file_that_is_not_there(refused, tmp_path):
+    assert "is not there" in refused("inspect", tmp_path / "nothing.pt")
+
+
+def test_an_empty_file(refused, tmp_path):
+    (tmp_path / "empty.pt").touch()
+    assert "is empty" in refused("inspect", tmp_path / "empty.pt")
+
+
+def test_an_empty_folder(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "holds no weights; expected" in refused("inspect", tmp_path / "empty")
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.ckpt", "x.bin", "x.safetensors"])
+def test_a_text_file_named_like_weights(refused, tmp_path, name):
+    (tmp_path / name).write_text("these are not weights, " * 9)
+    assert "is not a whole" in refused("inspect", tmp_path / name)
+
+
+def test_a_truncated_checkpoint(refused, tmp_path, sd):
+    path = write_checkpoint(tmp_path / "x.pt")
+    path.write_bytes(path.read_bytes()[:-5000])
+    assert "download or copy it again" in refused("import", sd, path, "--out", tmp_path / "ours")
+
+
+def test_a_truncated_safetensors_file(refused, tmp_path):
+    folder = write_sd_folder(tmp_path / "sd")
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-5000])
+    assert "is not a whole safetensors file" in refused("import", folder, "--out", tmp_path / "ours")
+
+
+def test_a_checkpoint_of_the_wrong_variant(refused, tmp_path, sd):
+    path = write_checkpoint(tmp_path / "x.pt", "temporal")
+    assert "holds a temporal model" in refused("import", sd, path, "--as", "image", "--out", tmp_path / "ours")
+
+
+def test_a_base_folder_without_weights(refused, tmp_path):
+    folder = write_sd_folder(tmp_path / "sd")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert "holds no weights; expected diffusion_pytorch_model.safetensors" in refused("inspect", folder)
+
+
+def test_a_config_json_that_is_not_json(refused, tmp_path):
+    folder = write_sd_folder(tmp_path / "sd")
+    (folder / "unet" / "config.json").write_text("{")
+    assert "is not readable JSON" in refused("inspect", folder)
+
+
+def test_an_output_that_is_already_there(refused, tmp_path, sd):
+    (tmp_path / "ours").mkdir()
+    assert "is already there" in refused("import", sd, "--out", tmp_path / "ours")
+
+
+def test_a_field_that_does_not_exist(refused, tmp_path, sd):
+    assert "did you mean 'heads'" in refused("import", sd, "--out", tmp_path / "ours", "--unet.head=4")
+
+
+def test_a_video_model_for_diffusers(refused, tmp_path):
+    weights.write_folder(tmp_path / "video", model("temporal").state_dict(), model("temporal").config)
+    assert "which diffusers has no layout for" in refused("export", tmp_path / "video", "--to", "diffusers", "--out",
+                                                          tmp_path / "out")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_where_nothing_may_be_written(refused, tmp_path, sd):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "cannot write" in refused("import", sd, "--out", tmp_path / "locked" / "ours")
+
+
+@pytest.mark.parametrize("out", ["ours", "out.pt", "out.safetensors", "sd"])
+def test_a_full_disk_leaves_nothing_behind(monkeypatch, tmp_path, out):
+    # A limit on the size of files makes writing fail as a full disk does; the limit holds in the child only.
+    weights.write_folder(tmp_path / "in", model("image").state_dict(), model("image").config)
+    verb = {"ours": ["import"], "sd": ["export", "--to", "diffusers"]}.get(out, ["export", "--to", "disco"])
+    command = [sys.executable, "-m", "nanodisco.convert", verb[0], str(tmp_path / "in"), *verb[1:], "--out", str(tmp_path / out)]
+    limit = "import resource, signal, sys, runpy; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); sys.argv = sys.argv[1:]; " \
+            "runpy.run_module('nanodisco.convert', run_name='__main__')"
+    ended = subprocess.run([command[0], "-c", limit, *command[2:]], capture_output=True, text=True)
+    assert ended.returncode == 2, ended.stderr
+    assert "cannot write" in ended.stderr and ended.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_the_goldens_configuration_is_the_shipped_one_at_another_size():
+    # The YAML of the official model names every field that the tiny golden model has.
+    assert golden("config.json")["latent_scale"] == loading.read_yaml(loading.ASSUMED)["vae"]["scaling"]

@@ -1,0 +1,101 @@
+"""The VAE is diffusers' AutoencoderKL, for any factor and latent; scaling and ranges of the two ways through."""
+from functools import cache
+
+import pytest
+import torch
+from reference import SAME, copy_weights, normal, randomised
+from torch.testing import assert_close
+
+from nanodisco.config import VAEConfig
+from nanodisco.vae import VAE, Posterior
+
+TINY = VAEConfig(4, (8, 16), layers=1, groups=4, scaling=0.5)
+
+SIZES = {                              # config, (H, W) of the picture
+    "a half, 4 channels": (TINY, (18, 10)),
+    "a quarter, 8 channels": (VAEConfig(8, (12, 12, 24), 2, 3, 0.3), (24, 40)),
+    "an eighth, 16 channels": (VAEConfig(16, (8, 16, 16, 32), 2, 8, 0.18215), (32, 48)),
+    "an eighth, 4 channels": (VAEConfig(4, (16, 8, 24, 8), 1, 2, 0.18215), (40, 24)),
+    "an eighth of odd sizes": (VAEConfig(4, (8, 8, 8, 8), 1, 4, 0.18215), (37, 27))}
+
+
+@cache
+def twins(name):
+    """diffusers' VAE and ours, with the same weights"""
+    diffusers, (config, _) = pytest.importorskip("diffusers"), SIZES[name]
+    levels = len(config.widths)
+    theirs = randomised(diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels,
+        block_out_channels=config.widths, layers_per_block=config.layers, latent_channels=config.channels,
+        norm_num_groups=config.groups))
+    return theirs, copy_weights(theirs, VAE(config), "vae.")
+
+
+def picture(size=(18, 10)):
+    return normal(2, 3, *size).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("name", SIZES)
+@torch.no_grad()
+def test_encoder_is_that_of_diffusers(name):
+    theirs, ours = twins(name)
+    config, size = SIZES[name]
+    got, wanted = ours.encode(picture(size)), theirs.encode(picture(size)).latent_dist
+    assert got.mean.shape == (2, config.channels, *(n // config.factor for n in size))
+    assert_close((got.mean, got.logvar), (wanted.mean, wanted.logvar), **SAME)
+
+
+@pytest.mark.parametrize("name", SIZES)
+@torch.no_grad()
+def test_decoder_is_that_of_diffusers(name):
+    theirs, ours = twins(name)
+    config, (height, width) = SIZES[name]
+    z = normal(2, config.channels, height // config.factor, width // config.factor)
+    got = ours.decode(z)
+    assert got.shape == (2, 3, *(n * config.factor for n in z.shape[2:]))
+    assert_close(got, theirs.decode(z).sample, **SAME)
+
+
+@torch.no_grad()
+def test_posterior_is_clamped_as_that_of_diffusers():
+    theirs, ours = twins("a half, 4 channels")
+    both = (theirs.quant_conv, ours.to_moments)
+    try:
+        for conv in both:
+            conv.weight.mul_(1e3)
+        got, wanted = ours.encode(picture()), theirs.encode(picture()).latent_dist
+    finally:
+        for conv in both:
+            conv.weight.div_(1e3)      # the twins are shared
+    assert (got.logvar.min().item(), got.logvar.max().item()) == (-30, 20)
+    assert_close(got.logvar, wanted.logvar, **SAME)
+
+
+def test_posterior_sample_is_the_mean_plus_the_deviation_times_noise():
+    mean, deviation, noise = normal(1, 4, 3, 3), normal(1, 4, 3, 3, seed=1).exp(), normal(1, 4, 3, 3, seed=2)
+    posterior = Posterior(mean, 2 * deviation.log())
+    assert_close(posterior.sample(noise), mean + deviation * noise, **SAME)
+    assert torch.equal(posterior.sample(), mean)
+
+
+@torch.no_grad()
+def test_to_latent_is_the_scaled_posterior():
+    net, noise = randomised(VAE(TINY)), normal(2, 4, 9, 5, seed=3)
+    assert_close(net.to_latent(picture(), noise), 0.5 * net.encode(picture()).sample(noise), **SAME)
+    assert_close(net.to_latent(picture()), 0.5 * net.encode(picture()).mean, **SAME)
+
+
+@torch.no_grad()
+def test_to_picture_takes_the_scaling_back_and_maps_minus_one_to_one_onto_zero_to_one():
+    net, z = randomised(VAE(TINY)), normal(2, 4, 9, 5)
+    got, decoded = net.to_picture(0.5 * z), net.decode(z)
+    inside = decoded.abs() < 1
+    assert_close(got[inside], (decoded[inside] + 1) / 2, **SAME)
+    assert got[decoded < -1].eq(0).all() and got[decoded > 1].eq(1).all()
+    assert inside.any() and not inside.all()
+
+
+@torch.no_grad()
+def test_pictures_of_a_batch_do_not_see_each_other():
+    net, x = randomised(VAE(TINY)), picture()
+    assert_close(net.encode(x).mean, torch.cat([net.encode(x[:1]).mean, net.encode(x[1:]).mean]), **SAME)
