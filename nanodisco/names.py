@@ -10,6 +10,7 @@ piece is looked up, so that
 One tensor of ours may be several of theirs side by side (packed q, k, v), transposed, or a linear
 layer that they store as a 1x1 convolution.
 """
+import functools
 import re
 from dataclasses import dataclass
 
@@ -101,6 +102,7 @@ class Name:
     conv1x1: bool = False              # theirs has two more axes of length one
 
 
+@functools.cache
 def official(ours: str, stage1: bool = False) -> Name:
     """The official name of our tensor `ours`. In a stage-1 file the only net has no number."""
     name = _look_up(ours, [NETWORKS, PLACES, LEAVES])
@@ -113,14 +115,19 @@ def official(ours: str, stage1: bool = False) -> Name:
 
 
 def _look_up(name: str, tables) -> str:
+    """Cut `name` from the front, a piece a table, and put together what stands for the pieces."""
     done = ""
     for table in tables:
         for ours, theirs in table:
-            match = re.match(re.escape(ours).replace(r"\{\}", r"(\d+)"), name)
-            if match:
+            if match := _pattern(ours).match(name):
                 done, name = done + theirs.format(*match.groups()), name[match.end():]
                 break
     return done + name
+
+
+@functools.cache
+def _pattern(piece: str) -> re.Pattern:
+    return re.compile(re.escape(piece).replace(r"\{\}", r"(\d+)"))
 
 
 # ---- Spellings of the same names ---------------------------------------------------------------------

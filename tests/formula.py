@@ -8,7 +8,7 @@ The numbers in golden/ were recorded by running the official program. Its weight
 
 where a weight's name and shape are the official ones. Ours are views of them, so `fill` writes through.
 
-    model("image")(given("latents"), given("timesteps"), ...)      the model is shared: never change it
+    model("image").unet(given("latents"), given("timesteps"), given("tokens"))     shared: never change it
 """
 import functools
 import json
@@ -27,6 +27,8 @@ from nanodisco.config import ClipConfig, ControlNetConfig, DiffusionConfig, Mode
 from nanodisco.disco import Batch, DisCo, Draws
 
 GOLDEN = Path(__file__).parent / "golden"
+
+torch.set_num_threads(1)               # tiny tensors gain nothing from a second, and wait for it on a busy machine
 
 # Tolerances are a share of the largest golden value; float32 on a CPU scatters by up to 2e-6 of it.
 MODULE, RUN, LOSS, GRADIENT = 2e-5, 5e-5, 1e-5, 1e-4

@@ -22,7 +22,7 @@ def theirs(name):
     return randomised(transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(
         image_size=c.image_size, patch_size=c.patch, hidden_size=c.width, num_hidden_layers=c.layers,
         num_attention_heads=c.heads, intermediate_size=c.mlp, projection_dim=c.projection, hidden_act=c.activation,
-        attn_implementation="eager")))                                   # the formula itself, no fused kernel
+        attn_implementation="sdpa")))                                    # their "eager" has its softmax in float32
 
 
 def ours(name, mode, context=CONTEXT):

@@ -1,7 +1,8 @@
 """Stable Diffusion's true sizes against the official program: one network at a time, each dropped before the next.
 
-    pytest -m slow tests/test_golden_fullsize.py        about a minute and 5 GB on two cores
+    pytest -m slow tests/test_golden_fullsize.py        about a minute and 4.2 GB on two cores
 """
+import os
 from functools import cache
 
 import pytest
@@ -18,6 +19,13 @@ pytestmark = pytest.mark.slow
 CONFIG = config(golden("manifests/sd_image_variations_configs.json"))
 STATISTICS = golden("fullsize/results.json")
 T = torch.tensor([500])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_cores():
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(1)
 
 
 def full(prefix, kind, *arguments):
