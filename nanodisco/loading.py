@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nanodisco import sizes, weights
-from nanodisco.config import ModelConfig, from_dict, override, read_yaml
+from nanodisco.config import ModelConfig, from_dict, load as load_config, override, read_yaml, to_dict
 from nanodisco.disco import DisCo
 from nanodisco.errors import InputError
 from nanodisco.names import official
@@ -46,7 +46,7 @@ def load(*paths: str | Path, variant: str | None = None, config: str | Path | No
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
     held = {key: shape for key, shape in shapes.items() if not _is_fresh(key, started)}
     ours = weights.to_ours(tensors, held, source)
-    model.load_state_dict(ours, strict=False, assign=True)
+    model.load_state_dict(model.state_dict() | ours, assign=True)         # the others stay on meta until they are drawn
     _initialise(model, seed)
     for part in started:
         say(f"not in the files: {part}")
@@ -106,7 +106,7 @@ def _is_fresh(ours: str, started: dict[str, tuple[str, ...]]) -> bool:
 def _config_of(files: list[Weights], tensors: Tensors, started: dict, path, overrides, say) -> ModelConfig:
     """Shapes first; then the given YAML file, or what came with the files; then SD's usual values, said."""
     usual = read_yaml(ASSUMED)
-    given = [read_yaml(path)] if path else [file.known for file in files]
+    given = [to_dict(load_config(path))] if path else [file.known for file in files]
     values = sizes.from_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     unfilled = [part for parts in started.values() for part in parts]
     if ".tem_" in unfilled:

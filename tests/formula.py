@@ -194,8 +194,9 @@ def golden(path: str) -> dict:
 def assert_close(got: Tensor, wanted: Tensor, tol: float, name: str = "") -> None:
     """max |got - wanted| <= tol max |wanted|. NaN is not close to anything."""
     assert got.shape == wanted.shape, f"{name}: shape {tuple(got.shape)}, golden {tuple(wanted.shape)}"
-    worst, largest = ((x.abs().max().item()) for x in (got.double() - wanted.double(), wanted.double()))
-    assert worst <= tol * largest, f"{name}: off by {worst / (largest or 1):.1e} of its largest value, allowed {tol:.0e}"
+    worst, largest = (x.double().abs().max().item() for x in (got.double() - wanted, wanted))
+    assert worst <= tol * largest, f"{name}: off by {worst:.1e} where the largest value is {largest:.1e}; " \
+                                   f"allowed {tol:.0e} of it"
 
 
 def assert_all_close(got: dict[str, Tensor], wanted: dict[str, Tensor], tol: float) -> None:

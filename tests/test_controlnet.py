@@ -19,15 +19,17 @@ SIZES = {                              # hint, UNet, (h, w) of the latent
     "pixels, a half, 6 channels": (ControlNetConfig("pixels", 6, (4, 16)),
                                    UNetConfig(16, (16, 16, 32, 32), (False, True, True, False), 1, 4, 9, 8), (11, 6)),
     "latents": (ControlNetConfig("latents", 4), TINY, (9, 7)),
-    "latents, 16 channels": (ControlNetConfig("latents", 16), UNetConfig(16, (8, 16), (True, True), 2, 8, 8, 8), (6, 8))}
+    "latents, 16 channels": (ControlNetConfig("latents", 16),
+                             UNetConfig(16, (8, 16), (True, True), 2, 8, 8, 8), (6, 8))}
 
 
 @cache
 def twins(name):
     """diffusers' ControlNet and ours, with the same weights"""
     diffusers, (hint, unet, _) = pytest.importorskip("diffusers"), SIZES[name]
-    theirs = diffusers.ControlNetModel(conditioning_channels=hint.channels, mid_block_type="UNetMidBlock2DCrossAttn",
-                                       conditioning_embedding_out_channels=hint.widths or (1, 1), **encoder_arguments(unet))
+    theirs = diffusers.ControlNetModel(
+        conditioning_channels=hint.channels, conditioning_embedding_out_channels=hint.widths or (1, 1),
+        mid_block_type="UNetMidBlock2DCrossAttn", **encoder_arguments(unet))
     if hint.hint == "latents":         # as DisCo does it: theirs knows pixels only
         theirs.controlnet_cond_embedding = LatentHint(hint.channels, unet.widths[0])
     return randomised(theirs), copy_weights(theirs, ControlNet(hint, unet), "pose.")
@@ -56,7 +58,8 @@ def test_controlnet_is_that_of_diffusers(name, scale):
 @torch.no_grad()
 def test_a_fresh_controlnet_leaves_the_unet_unchanged(name):
     hint, config, size = SIZES[name]
-    net, fresh, (z, t, tokens, picture) = randomised(UNet(config)), ControlNet(hint, config).double(), inputs(*SIZES[name])
+    net, fresh = randomised(UNet(config)), ControlNet(hint, config).double()
+    z, t, tokens, picture = inputs(hint, config, size)
     assert torch.equal(net(z, t, tokens, fresh(z, t, tokens, picture)), net(z, t, tokens))
 
 

@@ -85,7 +85,8 @@ def test_untrained_temporal_layers_leave_a_clip_of_one_frame_unchanged():
 def test_untrained_temporal_layers_leave_a_clip_of_equal_frames_unchanged():
     net, (z, t, tokens) = randomised(UNet(TINY)), inputs(TINY)
     video = with_untrained_temporal_layers(net, TINY)
-    assert_close(video(z.repeat_interleave(3, 0), t, tokens, frames=3), net(z, t, tokens).repeat_interleave(3, 0), **SAME)
+    got = video(z.repeat_interleave(3, 0), t, tokens, frames=3)
+    assert_close(got, net(z, t, tokens).repeat_interleave(3, 0), **SAME)
 
 
 @torch.no_grad()

@@ -123,9 +123,13 @@ def quiet(*paths, **options) -> DisCo:
 
 
 def assert_same_weights(one: DisCo, other: DisCo):
-    assert one.state_dict().keys() == other.state_dict().keys()
-    for name, tensor in one.state_dict().items():
-        assert torch.equal(tensor, other.state_dict()[name]), name
+    assert_same_tensors(one.state_dict(), other.state_dict())
+
+
+def assert_same_tensors(one: dict, other: dict):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
 
 
 @pytest.mark.parametrize("variant", ["stage1", "image", "temporal"])
@@ -148,8 +152,7 @@ def test_a_checkpoint_in_half_precision_gives_rounded_weights_and_whole_clip(sd,
 def test_all_ways_to_write_the_base_folder_mean_the_same(tmp_path, spelling, file, position_ids):
     loaded = quiet(write_sd_folder(tmp_path / "sd", spelling, file, position_ids))
     for net in ("unet", "vae", "clip.vision"):
-        for name, tensor in model("image").get_submodule(net).state_dict().items():
-            assert torch.equal(loaded.get_submodule(net).state_dict()[name], tensor), name
+        assert_same_tensors(loaded.get_submodule(net).state_dict(), model("image").get_submodule(net).state_dict())
 
 
 def write_compvis(path, extra=()):
@@ -191,9 +194,7 @@ def test_export_after_import_is_the_identity_for_disco_checkpoints(sd, tmp_path,
     loaded = quiet(sd, write_checkpoint(tmp_path / "in.pt", variant))
     weights.write_disco(tmp_path / f"out{suffix}", loaded.state_dict(), loaded.config)
     back = (unpickle.load(tmp_path / "out.pt")["module"] if suffix == ".pt" else load_file(tmp_path / "out.safetensors"))
-    assert back.keys() == official.keys()
-    for name in official:
-        assert torch.equal(back[name], official[name]), name
+    assert_same_tensors(back, official)
 
 
 @pytest.mark.parametrize("old_names", [True, False])
@@ -203,9 +204,7 @@ def test_export_after_import_is_the_identity_for_the_base_folder(tmp_path, old_n
     weights.write_diffusers(tmp_path / "out", loaded.state_dict(), loaded.config, old_names)
     for component in names.DIFFUSERS_FOLDERS:
         (path,) = (source / component).glob("*.safetensors")
-        wanted, back = load_file(path), load_file(tmp_path / "out" / component / path.name)
-        assert back.keys() == wanted.keys()
-        assert all(torch.equal(back[name], wanted[name]) for name in wanted)
+        assert_same_tensors(load_file(tmp_path / "out" / component / path.name), load_file(path))
 
 
 def test_the_exported_config_json_says_what_the_official_one_says(sd, tmp_path):
@@ -260,9 +259,8 @@ def test_a_base_model_alone_starts_controlnets_as_copies_that_change_nothing(sd)
         shown = fresh(z, t, Conditions(tokens, given("pose"), given("bg_latents")))
         assert torch.equal(shown, fresh.unet(z, t, tokens))
     for net in (fresh.pose, fresh.background):
-        for name, tensor in fresh.unet.encoder.state_dict().items():
-            copy = net.encoder.state_dict()[name]
-            assert torch.equal(copy, tensor) and copy.data_ptr() != tensor.data_ptr()
+        assert_same_tensors(net.encoder.state_dict(), fresh.unet.encoder.state_dict())
+        assert net.encoder.conv_in.weight.data_ptr() != fresh.unet.encoder.conv_in.weight.data_ptr()
 
 
 def test_a_fresh_background_hint_and_token_projection_start_as_the_official_ones(sd):
@@ -272,12 +270,10 @@ def test_a_fresh_background_hint_and_token_projection_start_as_the_official_ones
 
 
 def test_starting_controlnets_in_place_is_what_loading_a_base_model_does(sd):
-    fresh = quiet(sd)
-    filled = build("image")
+    fresh, filled = quiet(sd), build("image")
     filled.start_controlnets()
-    for name, tensor in filled.state_dict().items():
-        if name.startswith(("pose.encoder.", "background.encoder.", "background.hint.")):
-            assert torch.equal(tensor, fresh.state_dict()[name]), name
+    for part in ("pose.encoder", "background.encoder", "background.hint"):
+        assert_same_tensors(filled.get_submodule(part).state_dict(), fresh.get_submodule(part).state_dict())
 
 
 def test_stage_one_into_an_image_model_leaves_the_pose_net_a_copy_of_the_base(sd, tmp_path):
@@ -289,8 +285,7 @@ def test_stage_one_into_an_image_model_leaves_the_pose_net_a_copy_of_the_base(sd
     base = quiet(sd)
     assert torch.equal(joined.unet.encoder.conv_in.weight, base.unet.encoder.conv_in.weight + 1)
     assert torch.equal(joined.pose.encoder.conv_in.weight, base.unet.encoder.conv_in.weight)
-    for name, tensor in model("stage1").background.state_dict().items():
-        assert torch.equal(joined.background.state_dict()[name], tensor), name
+    assert_same_tensors(joined.background.state_dict(), model("stage1").background.state_dict())
 
 
 def test_an_image_model_into_video_starts_with_temporal_layers_that_add_nothing(sd, tmp_path):
