@@ -3,7 +3,7 @@
 A vision transformer (CLIP, arXiv:2103.00020) cuts the photo into patches and gives one token a
 patch, and one for the whole. DisCo (arXiv:2307.00040, section 3.2) shows all of them, 257 for
 ViT-L/14, through a projection of its own. Official names: `CLIPVisionModelWithProjection`,
-`refer_clip_proj`. The transformer itself is open_clip's; its weights are mapped in weights.py.
+`refer_clip_proj`. The transformer itself is open_clip's; its weights are mapped by names.py.
 """
 from torch import Tensor, nn
 

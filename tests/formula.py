@@ -28,8 +28,6 @@ from nanodisco.disco import Batch, DisCo, Draws
 
 GOLDEN = Path(__file__).parent / "golden"
 
-torch.set_num_threads(1)               # tiny tensors gain nothing from a second, and wait for it on a busy machine
-
 # Tolerances are a share of the largest golden value; float32 on a CPU scatters by up to 2e-6 of it.
 MODULE, RUN, LOSS, GRADIENT = 2e-5, 5e-5, 1e-5, 1e-4
 

@@ -7,7 +7,7 @@ from reference import SAME, copy_weights, encoder_arguments, normal, randomised
 from torch.testing import assert_close
 
 from nanodisco.config import ControlNetConfig, UNetConfig
-from nanodisco.controlnet import ControlNet, LatentHint
+from nanodisco.controlnet import ControlNet, LatentHint, PixelHint
 from nanodisco.unet import Encoder, UNet
 
 TINY = UNetConfig(4, (8, 16), attention=(True, False), layers=1, heads=2, context=12, groups=4)
@@ -61,6 +61,11 @@ def test_a_fresh_controlnet_leaves_the_unet_unchanged(name):
     net, fresh = randomised(UNet(config)), ControlNet(hint, config).double()
     z, t, tokens, picture = inputs(hint, config, size)
     assert torch.equal(net(z, t, tokens, fresh(z, t, tokens, picture)), net(z, t, tokens))
+
+
+@torch.no_grad()
+def test_a_fresh_pixel_hint_says_nothing_yet():
+    assert PixelHint(3, (4, 6, 10), out=8)(torch.rand(1, 3, 16, 24)).eq(0).all()
 
 
 @torch.no_grad()

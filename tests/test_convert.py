@@ -1,5 +1,4 @@
 """python -m nanodisco.convert: what a user types, sees, and gets for bad input."""
-import os
 import subprocess
 import sys
 
@@ -159,10 +158,9 @@ def test_a_video_model_for_diffusers(refused, tmp_path):
                                                           tmp_path / "out")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_where_nothing_may_be_written(refused, tmp_path, sd):
-    (tmp_path / "locked").mkdir(mode=0o500)
-    assert "cannot write" in refused("import", sd, "--out", tmp_path / "locked" / "ours")
+def test_a_place_where_nothing_can_be_written(refused, tmp_path, sd):
+    (tmp_path / "file").touch()
+    assert "cannot write" in refused("import", sd, "--out", tmp_path / "file" / "ours")
 
 
 @pytest.mark.parametrize("out", ["ours", "out.pt", "out.safetensors", "sd"])
