@@ -8,6 +8,7 @@ tensors (sizes.py). YAML keys are the field names; an unknown one is refused wit
 """
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -90,7 +91,12 @@ class ModelConfig:
     uncond: str = "zeros"              # unconditional tokens: zeros | clip-zero (CLIP of an all-zero picture)
 
     def __post_init__(self):
+        """Refuse what cannot be built, or would fail only when it is used."""
         unet, clip, diffusion = self.unet, self.clip, self.diffusion
+        for group in ("unet", "vae", "clip", "diffusion", "pose", "background"):
+            _require_positive_sizes(group, getattr(self, group))
+        _require(unet.widths[0] % 2 == 0, "unet.widths", f"begins with {unet.widths[0]}; the time embedding needs "
+                 "an even number: half of it cosines, half sines")
         _require(len(unet.widths) == len(unet.attention), "unet.attention",
                  f"has {len(unet.attention)} entries, unet.widths {len(unet.widths)}: give one a level")
         for width in unet.widths:
@@ -121,14 +127,32 @@ class ModelConfig:
             if net is None:
                 continue
             _one_of(f"{name}.hint", net.hint, ("pixels", "latents"))
-            if net.hint == "pixels":
+            if net.hint == "latents":
+                _require(name == "background", "pose.hint", "is 'latents'; expected 'pixels': a pose is a picture")
+                _require(net.channels == self.vae.channels, f"{name}.channels",
+                         f"is {net.channels}, but the VAE's latent has {self.vae.channels}")
+            else:
                 _require(2 ** (len(net.widths) - 1) == self.vae.factor, f"{name}.widths",
                          f"has {len(net.widths)} entries, but {len(self.vae.widths)} reach the latent's size")
+        _require(diffusion.schedule == "cosine" or 0 < diffusion.beta_start <= diffusion.beta_end < 1,
+                 "diffusion.beta_start", f"to beta_end is {diffusion.beta_start} to {diffusion.beta_end}; "
+                 "expected 0 < beta_start <= beta_end < 1")
 
 
 def _require(holds: bool, field: str, message: str) -> None:
     if not holds:
         raise InputError(f"{field} {message}")
+
+
+def _require_positive_sizes(group: str, config) -> None:
+    """Every number of a network is a size: at least 1, and the scaling above 0."""
+    for field in dataclasses.fields(config) if config else ():
+        value = getattr(config, field.name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        for number in numbers:
+            if type(number) in (int, float) and not field.name.startswith("beta_"):
+                _require(math.isfinite(number) and number > 0, f"{group}.{field.name}", f"holds {number}; expected more than 0")
+        _require(len(numbers) > 0 or field.default == (), f"{group}.{field.name}", "is empty; give one value a level")
 
 
 def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -144,15 +168,15 @@ def nearest(name: str, known) -> str:
 def from_dict(cls, values, where: str = ""):
     """A plain dict (from YAML) as the dataclass `cls`, nested ones too. Refuses what does not fit."""
     if not isinstance(values, dict):
-        raise InputError(f"{where or 'configuration'} is {values!r}; expected keys and values")
+        raise InputError(f"{where.rstrip('.') or 'configuration'} is {values!r}; expected keys and values")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
-            raise InputError(f"unknown key {where}{key!r}{nearest(str(key), fields)}")
+            raise InputError(f"unknown key {where}{key}{nearest(str(key), fields)}")
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING:
-            raise InputError(f"missing key {where}{name!r} ({_type_name(hints[name])})")
+            raise InputError(f"missing key {where}{name} ({_type_name(hints[name])})")
     return cls(**{key: _convert(value, hints[key], where + key) for key, value in values.items()})
 
 

@@ -91,7 +91,7 @@ def leading_timesteps(n: int, steps: int, offset: int = 1) -> list[int]:
 
     official: DDIM and PNDM shift by 1, DDPM does not.
     """
-    return [i * (steps // n) + offset for i in reversed(range(n))]
+    return [min(i * (steps // n) + offset, steps - 1) for i in reversed(range(n))]
 
 
 def trailing_timesteps(n: int, steps: int) -> list[int]:
@@ -141,11 +141,11 @@ def dpm_step(z0: Tensor, zt: Tensor, a: float, a_prev: float,
     """DPM-Solver++(2M): exact for a z0 that is linear in lambda, the log of signal over noise.
 
     z_prev = sigma_prev / sigma zt - alpha_prev (e^-h - 1) D,    h = lambda_prev - lambda
-    D = z0 + (z0 - z0_last) h / (2 h_last)      from the second step on, else D = z0
+    D = z0 + (z0 - z0_last) h / (2 h_last)      from the second step on, but for the last; else D = z0
     """
     h = _log_snr(a_prev) - _log_snr(a)
     d = z0
-    if z0_last is not None and math.isfinite(h):
+    if z0_last is not None and math.isfinite(h) and a_last != a:
         d = z0 + (z0 - z0_last) * (h / (2 * (_log_snr(a) - _log_snr(a_last))))
     return ((1 - a_prev) / (1 - a)) ** 0.5 * zt - a_prev ** 0.5 * math.expm1(-h) * d
 

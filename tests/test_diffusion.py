@@ -318,3 +318,10 @@ def test_zero_terminal_snr_starts_at_the_very_last_step():
 def test_a_walk_that_cannot_be_made_is_refused(scheduler, steps, config, message):
     with pytest.raises(InputError, match=message):
         our_walk(scheduler, steps, config)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_as_many_steps_as_the_schedule_has_can_be_taken(scheduler):
+    steps = list(sample(lambda zt, t: zt, torch.ones(1, 1, 1, 1), bars(DiffusionConfig(100, "linear")), scheduler, 100,
+                        noise=lambda i: torch.zeros(1)))
+    assert steps[0].t == 99 and steps[-1].z.isfinite().all()
