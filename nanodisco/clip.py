@@ -30,8 +30,11 @@ class ImageEncoder(nn.Module):
         self.proj = nn.Linear(c.width, context, bias=False) if mode == "local" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, 3, S, S), normalised with CLIP's mean and std -> (B, M, context)"""
-        projected, normed = self.vision(x)                               # (B, M, projection), (B, M, width)
+        """x (B, 3, S, S), normalised with CLIP's mean and std -> (B, M, context)
+
+        official: the tower stays in float32 where the projection and all other networks are in half.
+        """
+        projected, normed = self.vision(x.to(self.vision.proj.dtype))    # (B, M, projection), (B, M, width)
         if self.mode == "local":
-            return self.proj(normed)
+            return self.proj(normed.to(self.proj.weight.dtype))
         return projected if self.mode == "local-clip" else projected[:, :1]

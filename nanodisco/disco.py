@@ -81,8 +81,11 @@ class DisCo(nn.Module):
 
     def conditions(self, reference: Tensor, background: Tensor | None, pose: Tensor | None,
                    noise: Tensor | None = None) -> Conditions:
-        """Encode pictures (as in `Batch`) once. `noise` (B, C, h, w): sample the background's posterior."""
-        if background is not None and self.config.background.hint == "latents":
+        """Encode the pictures of a `Batch` once, for every step to come.
+
+        noise (B, C, h, w): sample the background's posterior, as official; None: take its mean.
+        """
+        if self.background is not None and self.config.background.hint == "latents":
             background = self.vae.to_latent(background, noise)
         return Conditions(self.clip(reference), pose, background)
 
@@ -98,16 +101,22 @@ class DisCo(nn.Module):
 
     def forward(self, zt: Tensor, t: Tensor, conditions: Conditions,
                 pose_scale: float = 1.0, background_scale: float = 1.0) -> Tensor:
-        """eps or v.   zt (B, C, h, w) or (B, C, F, h, w), t (B,) -> the shape of zt"""
-        z, frames = fold(zt)
-        tokens = conditions.tokens
+        """eps or v.   zt (B, C, h, w) or (B, C, F, h, w), t (B,) -> the shape and dtype of zt
+
+        The networks compute in the dtype of their weights, whatever that of zt is.
+        """
+        dtype = self.unet.conv_out.weight.dtype
+        z, frames = fold(zt.to(dtype))
+        tokens = conditions.tokens.to(dtype)
         residuals = None
         if self.pose is not None:
-            residuals = self.pose(z, t, tokens, fold(conditions.pose)[0], frames, pose_scale)
+            assert conditions.pose is not None, "this model has a pose net; it needs a pose"
+            residuals = self.pose(z, t, tokens, fold(conditions.pose.to(dtype))[0], frames, pose_scale)
         if self.background is not None:
-            more = self.background(z, t, tokens, conditions.background, frames, background_scale)
+            assert conditions.background is not None, "this model has a background net; it needs a background"
+            more = self.background(z, t, tokens, conditions.background.to(dtype), frames, background_scale)
             residuals = more if residuals is None else [a + b for a, b in zip(residuals, more)]
-        out = self.unet(z, t, tokens, residuals, frames)
+        out = self.unet(z, t, tokens, residuals, frames).to(zt.dtype)
         return unfold(out, frames) if zt.ndim == 5 else out
 
     def draw(self, batch: Batch, generator: torch.Generator,
@@ -143,7 +152,7 @@ class DisCo(nn.Module):
         drop = draws.drop_reference[:, None, None]
         if drop.any():
             conditions.tokens = torch.where(drop, self.unconditional_tokens(conditions.tokens), conditions.tokens)
-        if draws.drop_pose.any():
+        if conditions.pose is not None and draws.drop_pose.any():
             conditions.pose = hide_pose(conditions.pose, draws.drop_pose)
 
         a = diffusion.at(self.alpha_bars(), draws.timesteps, z0)

@@ -123,12 +123,13 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor) -> Posterior:
         """x (B, 3, H, W) in [-1, 1] -> q(z | x) with mean and logvar (B, C, h, w)"""
+        x = x.to(self.to_moments.weight.dtype)
         mean, logvar = self.to_moments(self.encoder(x)).chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30, 20))
 
     def decode(self, z: Tensor) -> Tensor:
         """z (B, C, h, w), not scaled -> (B, 3, H, W), about [-1, 1], not clamped"""
-        return self.decoder(self.from_latent(z))
+        return self.decoder(self.from_latent(z.to(self.from_latent.weight.dtype)))
 
     def to_latent(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """What the networks see: scaling * (mean + std * noise).   (B, 3, H, W) -> (B, C, h, w)
