@@ -22,6 +22,7 @@ ASSUMED = Path(__file__).parent.parent / "config" / "model" / "sd-image-variatio
 ORDER = ("base", "stage1", "image", "temporal")      # each holds what the ones before it hold, and more
 NETS = {"pose": "controlnet.nets.0.", "background": "controlnet.nets.1."}
 HINT = "controlnet_cond_embedding."
+PROJECTION = "refer_clip_proj.weight"
 ENCODER = ("unet.conv_in.", "unet.time_embedding.", "unet.down_blocks.", "unet.mid_block.")
 
 
@@ -40,7 +41,11 @@ def load(*paths: str | Path, variant: str | None = None, config: str | Path | No
     try:
         model_config = _config_of(files, tensors, started, config, overrides, say)
     except InputError as error:
-        raise InputError(f"{source}: {error}") from None
+        named = any(str(file.path) in str(error) for file in files)
+        raise error if named else InputError(f"{source}: {error}") from None
+    if model_config.tokens == "local" and PROJECTION not in tensors:
+        tensors[PROJECTION] = tensors["clip_image_encoder.visual_projection.weight"].clone()
+        started["token projection; started as a copy of CLIP's own"] = ()
     with torch.device("meta"):
         model = DisCo(model_config)
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
@@ -86,9 +91,6 @@ def _merge(files: list[Weights], variant: str) -> tuple[Tensors, dict[str, tuple
         else:
             new += (prefix + HINT,)
         started[f"{net} net; started as a copy of the UNet's encoder in {base.path}"] = new
-    if all(file.variant == "base" for file in files):
-        tensors.setdefault("refer_clip_proj.weight", tensors["clip_image_encoder.visual_projection.weight"].clone())
-        started["token projection; started as a copy of CLIP's own"] = ()
     if variant == "temporal" and not any(".tem_conv." in name for name in tensors):
         started["temporal layers; started without effect"] = (".tem_",)
     return tensors, started
@@ -118,11 +120,12 @@ def _config_of(files: list[Weights], tensors: Tensors, started: dict, path, over
         told = {key: value for known in given for key, value in known.get(group, {}).items()}
         shown = {key: value for key, value in values.get(group, {}).items() if value is not None}
         guessed = {key: value for key, value in usual[group].items() if key not in told | shown}
-        assumed += [f"{group}.{key} {value}" for key, value in guessed.items()]
+        assumed += [f"{group}.{key} {value}" for key, value in guessed.items()
+                    if not any(text.startswith(f"--{group}.{key}=") for text in overrides)]
         values[group] = guessed | told | shown
     told = {key: known[key] for known in given for key in ("tokens", "uncond") if key in known}
-    if values["tokens"] == "local":                                      # the trained projection is there
-        told.pop("tokens", None)
+    if values["tokens"] == "local" or all(file.variant == "base" for file in files):
+        told["tokens"] = "local"                                         # through the trained projection, or to train it
     if assumed:
         say(f"not in the files, taken from {ASSUMED.name}: " + ", ".join(assumed))
     config = from_dict(ModelConfig, override(values | told, list(overrides)))

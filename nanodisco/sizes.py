@@ -19,15 +19,6 @@ Shapes = dict[str, tuple[int, ...]]
 
 def from_shapes(shapes: Shapes) -> dict:
     """What the shapes say of a ModelConfig, as nested dicts. Networks that are not there are left out."""
-    try:
-        return _from_shapes(shapes)
-    except KeyError as error:
-        raise InputError(f"tensor {error} is missing, which tells the size of its network") from None
-    except (ValueError, IndexError):
-        raise InputError("a tensor that tells the size of its network has another number of axes") from None
-
-
-def _from_shapes(shapes: Shapes) -> dict:
     found = {}
     if "unet.conv_in.weight" in shapes:
         found["unet"] = _unet(shapes)
@@ -43,6 +34,15 @@ def _from_shapes(shapes: Shapes) -> dict:
     return found
 
 
+def _shape(shapes: Shapes, name: str, axes: int) -> tuple[int, ...]:
+    """The shape of a tensor that tells a size."""
+    if name not in shapes:
+        raise InputError(f"tensor {name} is missing, which tells the size of its network")
+    if len(shapes[name]) != axes:
+        raise InputError(f"tensor {name} has the shape {list(shapes[name])}; expected {axes} axes")
+    return shapes[name]
+
+
 def _count(shapes: Shapes, pattern: str) -> int:
     """One more than the highest index at the {} of the pattern; 0 if there is none."""
     regex = re.compile(re.escape(pattern).replace(r"\{\}", r"(\d+)"))
@@ -52,41 +52,40 @@ def _count(shapes: Shapes, pattern: str) -> int:
 def _levels(shapes: Shapes, blocks: str) -> tuple[list[int], int]:
     """Widths of the levels, ResBlocks a level."""
     levels = _count(shapes, blocks + "{}.resnets.0.conv1.weight")
-    widths = [shapes[f"{blocks}{i}.resnets.0.conv1.weight"][0] for i in range(levels)]
+    widths = [_shape(shapes, f"{blocks}{i}.resnets.0.conv1.weight", 4)[0] for i in range(levels)]
     return widths, _count(shapes, blocks + "0.resnets.{}.conv1.weight")
 
 
 def _unet(shapes: Shapes) -> dict:
     widths, layers = _levels(shapes, "unet.down_blocks.")
     attention = [f"unet.down_blocks.{i}.attentions.0.norm.weight" in shapes for i in range(len(widths))]
-    keys = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
-    return {"channels": shapes["unet.conv_in.weight"][1], "widths": widths, "attention": attention,
-            "layers": layers, "context": shapes[keys][1] if keys in shapes else None,
-            "temporal": "unet.mid_block.resnets.0.tem_conv.weight" in shapes}
+    keys = _shape(shapes, "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight", 2)
+    return {"channels": _shape(shapes, "unet.conv_in.weight", 4)[1], "widths": widths, "attention": attention,
+            "layers": layers, "context": keys[1], "temporal": "unet.mid_block.resnets.0.tem_conv.weight" in shapes}
 
 
 def _vae(shapes: Shapes) -> dict:
     widths, layers = _levels(shapes, "vae.encoder.down_blocks.")
-    return {"channels": shapes["vae.quant_conv.weight"][0] // 2, "widths": widths, "layers": layers}
+    return {"channels": _shape(shapes, "vae.quant_conv.weight", 4)[0] // 2, "widths": widths, "layers": layers}
 
 
 def _clip(shapes: Shapes) -> dict:
     tower = "clip_image_encoder.vision_model."
-    width, _, patch, _ = shapes[tower + "embeddings.patch_embedding.weight"]
-    tokens = shapes[tower + "embeddings.position_embedding.weight"][0]
+    width, _, patch, _ = _shape(shapes, tower + "embeddings.patch_embedding.weight", 4)
+    tokens, _ = _shape(shapes, tower + "embeddings.position_embedding.weight", 2)
     return {"image_size": math.isqrt(tokens - 1) * patch, "patch": patch, "width": width,
             "layers": _count(shapes, tower + "encoder.layers.{}.layer_norm1.weight"),
-            "mlp": shapes[tower + "encoder.layers.0.mlp.fc1.weight"][0],
-            "projection": shapes["clip_image_encoder.visual_projection.weight"][0]}
+            "mlp": _shape(shapes, tower + "encoder.layers.0.mlp.fc1.weight", 2)[0],
+            "projection": _shape(shapes, "clip_image_encoder.visual_projection.weight", 2)[0]}
 
 
 def _hint(shapes: Shapes, prefix: str) -> dict:
-    first, channels = shapes[prefix + "conv_in.weight"][:2]
+    first, channels, _, _ = _shape(shapes, prefix + "conv_in.weight", 4)
     blocks = _count(shapes, prefix + "blocks.{}.weight")
     if not blocks:
         return {"hint": "latents", "channels": channels}
     return {"hint": "pixels", "channels": channels,
-            "widths": [first] + [shapes[f"{prefix}blocks.{i}.weight"][0] for i in range(1, blocks, 2)]}
+            "widths": [first] + [_shape(shapes, f"{prefix}blocks.{i}.weight", 4)[0] for i in range(1, blocks, 2)]}
 
 
 # ---- config.json ------------------------------------------------------------------------------------------

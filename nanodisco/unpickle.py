@@ -73,14 +73,14 @@ class Unpickler(pickle.Unpickler):
             return Allowed(lambda data, *rest: data)
         if module in ("torch", "torch.storage") and name in STORAGES:
             return STORAGES[name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
+        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
+            return vars(torch)[name]
         return type(name, (Stub,), {"__module__": module})
 
     def persistent_load(self, pid):
         kind, dtype, key, _, count = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype):
-            raise pickle.UnpicklingError(f"unknown storage {kind!r}")
+            raise pickle.UnpicklingError(f"unknown storage {getattr(dtype, '__name__', kind)}")
         return self.storage(key, dtype, count)
 
 
@@ -98,8 +98,8 @@ def load(path: str | Path):
     """The object in a checkpoint: tensors on the CPU, containers, numbers, strings, and stubs."""
     path = Path(path)
     try:
-        if not zipfile.is_zipfile(path):                                 # torch before 1.6, or not a checkpoint
-            return torch.load(path, map_location="cpu", weights_only=True)
+        if not zipfile.is_zipfile(path):
+            return _load_old(path)
         with zipfile.ZipFile(path) as archive:
             return _load_zip(path, archive)
     except InputError:
@@ -108,8 +108,19 @@ def load(path: str | Path):
         raise InputError(f"{path} is not there") from None
     except Exception as error:                     # a damaged pickle can fail in any way: it is one thing to the user
         reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise InputError(f"{path} is not a whole torch checkpoint ({path.stat().st_size:,} bytes; {reason}); "
-                         "download or copy it again") from None
+        raise InputError(f"{path} is not a whole torch checkpoint, or not one of weights ({path.stat().st_size:,} "
+                         f"bytes; {reason}); download or copy it again") from None
+
+
+def _load_old(path: Path):
+    """The format of torch before 1.6, without a zip file around it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported global" in str(error):
+            raise InputError(f"{path} has the format of torch before 1.6 and holds more than tensors; load it with "
+                             "the program that wrote it and save the tensors alone") from None
+        raise pickle.UnpicklingError("no torch format") from None
 
 
 def _load_zip(path: Path, archive: zipfile.ZipFile):

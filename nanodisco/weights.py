@@ -119,8 +119,7 @@ def _open_diffusers(folder: Path) -> Weights:
             raise InputError(f"{folder / component} holds no weights; expected {COMPONENT_FILES[component][0]} "
                              f"or {COMPONENT_FILES[component][1]}")
         tensors = read_tensors(path)
-        if not _is_state_dict(tensors):
-            raise InputError(f"{path} holds no tensors by name; expected the weights of {component}")
+        _require_state_dict(tensors, path, f"the weights of {component}")
         for name, tensor in tensors.items():
             _take(found, prefix + name, tensor)
     if (folder / sizes.FILES["scheduler"]).exists():
@@ -139,8 +138,7 @@ def _open_file(path: Path) -> Weights:
             note = f"under {key!r}" + (f", step {steps}" if isinstance(steps, int) else "")
             content = content[key]
             break
-    if not _is_state_dict(content):
-        raise InputError(f"{path} holds no tensors by name; expected a DisCo or Stable Diffusion checkpoint")
+    _require_state_dict(content, path, "a DisCo or Stable Diffusion checkpoint")
     if any(name.startswith("model.diffusion_model.") for name in content):
         return _from_compvis(Weights(path, "CompVis", {}, note=note), content)
     alone = next((prefix for name, prefix in names.TELLING.items() if name in content), None)
@@ -194,10 +192,14 @@ def _take(found: Weights, name: str, tensor: Tensor) -> None:
         found.tensors[names.vae_spelling(name, new=False)] = tensor
 
 
-def _is_state_dict(content) -> bool:
-    """At least one tensor, all under strings. (A stub among them is dropped by nobody: refused later.)"""
-    return (isinstance(content, dict) and bool(content)
-            and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()))
+def _require_state_dict(content, path: Path, expected: str) -> None:
+    """Tensors under strings and nothing else."""
+    if not isinstance(content, dict) or not content:
+        raise InputError(f"{path} holds no tensors by name; expected {expected}")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+            raise InputError(f"{path}: {name!r} holds {type(value).__name__} instead of a plain tensor; "
+                             f"expected {expected}")
 
 
 # ---- Between the official names and ours ----------------------------------------------------------------------

@@ -73,9 +73,9 @@ def test_inspect_tells_the_formats_apart(tmp_path, capsys, write, kind):
 def test_what_started_afresh_and_what_was_assumed_is_said(sd, tmp_path, capsys):
     loading.load(sd)
     assert "pose net; started as a copy of the UNet's encoder" in capsys.readouterr().out
-    settings = ["--unet.heads=4", "--unet.groups=8", "--vae.groups=8", "--clip.heads=4"]
+    settings = ["--unet.groups=8", "--vae.groups=8", "--clip.heads=4"]
     loading.load(write_checkpoint(tmp_path / "alone.pt"), overrides=settings)
-    assert "taken from sd-image-variations.yaml: unet.heads 8, unet.groups 32" in capsys.readouterr().out
+    assert "taken from sd-image-variations.yaml: unet.heads 8, vae.scaling 0.18215" in capsys.readouterr().out
 
 
 def test_help_answers_before_torch_is_imported():
@@ -161,6 +161,19 @@ def test_a_video_model_for_diffusers(refused, tmp_path):
 def test_a_place_where_nothing_can_be_written(refused, tmp_path, sd):
     (tmp_path / "file").touch()
     assert "cannot write" in refused("import", sd, "--out", tmp_path / "file" / "ours")
+
+
+def test_an_interrupted_export_leaves_nothing_behind_and_ends_with_130(monkeypatch, tmp_path, capsys):
+    weights.write_folder(tmp_path / "in", model("image").state_dict(), model("image").config)
+
+    def interrupted(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(weights, "save_file", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: convert.main(["export", str(tmp_path / "in"), "--to", "disco", "--out", str(tmp_path / "x.safetensors")]))
+    assert ended.value.code == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 @pytest.mark.parametrize("out", ["ours", "out.pt", "out.safetensors", "sd"])

@@ -96,6 +96,24 @@ def test_files_from_before_the_zip_format_load(tmp_path):
     assert torch.equal(unpickle.load(tmp_path / "old.bin")["w"], torch.ones(2))
 
 
+def test_an_old_file_with_more_than_tensors_is_refused(tmp_path):
+    torch.save({"w": torch.ones(2), "args": argparse.Namespace()}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(InputError, match="the format of torch before 1.6 and holds more than tensors"):
+        unpickle.load(tmp_path / "old.pt")
+
+
+def test_a_function_reached_by_getattr_is_a_stub_as_well(tmp_path):
+    mark = tmp_path / "code-has-run"
+    code = b"c__builtin__\ngetattr\n(cos\nS'mkdir'\ntR(V" + str(mark).encode() + b"\ntR."        # getattr(os, "mkdir")(mark)
+    saved(tmp_path / "good.pt", {})
+    with zipfile.ZipFile(tmp_path / "good.pt") as archive, zipfile.ZipFile(tmp_path / "evil.pt", "w") as evil:
+        for item in archive.infolist():
+            evil.writestr(item.filename, code.replace(b"cos\n", b"cos\nname\n") if item.filename.endswith("data.pkl")
+                          else archive.read(item))
+    assert isinstance(unpickle.load(tmp_path / "evil.pt"), unpickle.Stub)
+    assert not mark.exists()
+
+
 def test_changing_a_loaded_tensor_does_not_change_the_file(tmp_path):
     path = saved(tmp_path / "x.pt", {"w": torch.ones(2)})
     unpickle.load(path)["w"].zero_()

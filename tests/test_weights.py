@@ -305,6 +305,10 @@ def test_fresh_parts_are_drawn_from_the_seed(sd):
     assert torch.equal(one[name], same[name]) and not torch.equal(one[name], other[name])
 
 
+def test_a_base_model_can_be_started_without_a_projection_of_its_own(sd):
+    assert quiet(sd, overrides=["--tokens=global"]).clip.proj is None
+
+
 def test_a_background_net_of_pixels_is_recognised_by_its_tensors(sd, tmp_path):
     pixels = DisCo(replace(model("image").config, background=model("image").config.pose)).eval()
     weights.write_disco(tmp_path / "pixels.pt", pixels.state_dict(), pixels.config)
@@ -361,6 +365,16 @@ def test_a_missing_tensor_that_tells_a_size_is_named(sd, tmp_path):
     message = error_of(sd, spoiled(tmp_path, lambda module: module.pop(
         "controlnet.nets.0.controlnet_cond_embedding.blocks.3.weight")))
     assert "controlnet_cond_embedding" in message
+
+
+def test_a_tensor_with_another_number_of_axes_that_tells_a_size_is_named(sd, tmp_path):
+    message = error_of(sd, spoiled(tmp_path, lambda module: module.update({"unet.conv_in.weight": torch.ones(3)})))
+    assert "unet.conv_in.weight has the shape [3]; expected 4 axes" in message
+
+
+def test_something_that_is_no_tensor_among_the_weights_is_named(sd, tmp_path):
+    message = error_of(sd, spoiled(tmp_path, lambda module: module.update({"unet.extra": "text"})))
+    assert "'unet.extra' holds str instead of a plain tensor" in message
 
 
 def test_float8_weights_are_refused(sd, tmp_path):
