@@ -73,8 +73,8 @@ class ControlNetConfig:
 class DiffusionConfig:
     steps: int                         # of the noise schedule in training
     schedule: str                      # scaled_linear (Stable Diffusion) | linear | cosine
-    beta_start: float = 0.00085        # the two betas are unused by the cosine schedule
-    beta_end: float = 0.012
+    beta_start: float | None = None    # noise of the first step and of the last; the cosine schedule has none
+    beta_end: float | None = None
     prediction: str = "epsilon"        # what the UNet predicts: epsilon | v
     zero_snr: bool = False             # rescale so that the last step is pure noise
 
@@ -134,9 +134,10 @@ class ModelConfig:
             else:
                 _require(2 ** (len(net.widths) - 1) == self.vae.factor, f"{name}.widths",
                          f"has {len(net.widths)} entries, but {len(self.vae.widths)} reach the latent's size")
-        _require(diffusion.schedule == "cosine" or 0 < diffusion.beta_start <= diffusion.beta_end < 1,
-                 "diffusion.beta_start", f"to beta_end is {diffusion.beta_start} to {diffusion.beta_end}; "
-                 "expected 0 < beta_start <= beta_end < 1")
+        if diffusion.schedule != "cosine":
+            first, last = diffusion.beta_start, diffusion.beta_end
+            _require(first is not None and last is not None and 0 < first <= last < 1, "diffusion.beta_start",
+                     f"to beta_end is {first} to {last}; expected 0 < beta_start <= beta_end < 1")
 
 
 def _require(holds: bool, field: str, message: str) -> None:

@@ -52,6 +52,8 @@ class Draws:
 
 
 class DisCo(nn.Module):
+    """All networks of a ModelConfig. `pose` and `background` are None where the configuration has none."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config

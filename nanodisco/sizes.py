@@ -162,8 +162,9 @@ def to_config_json(config: ModelConfig) -> dict[str, dict]:
             "projection_dim": clip.projection},
         "scheduler": {
             "_class_name": "PNDMScheduler", "num_train_timesteps": diffusion.steps,
-            "beta_schedule": SCHEDULES[diffusion.schedule], "beta_start": diffusion.beta_start,
-            "beta_end": diffusion.beta_end, "prediction_type": PREDICTIONS[diffusion.prediction],
+            "beta_schedule": SCHEDULES[diffusion.schedule], "prediction_type": PREDICTIONS[diffusion.prediction],
+            **({} if diffusion.schedule == "cosine" else
+               {"beta_start": diffusion.beta_start, "beta_end": diffusion.beta_end}),
             "clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1},
     }
 

@@ -113,6 +113,8 @@ class PictureDecoder(nn.Module):
 
 
 class VAE(nn.Module):
+    """Encoder, decoder, and the 1x1 convolution that each has on the latent's side."""
+
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.scaling = config.scaling

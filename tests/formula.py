@@ -116,7 +116,7 @@ def config(official: dict, **changes) -> ModelConfig:
                   v["norm_num_groups"], scaling=0.18215),
         ClipConfig(c["image_size"], c["patch_size"], c["hidden_size"], c["num_hidden_layers"],
                    c["num_attention_heads"], c["intermediate_size"], c["projection_dim"]),
-        DiffusionConfig(1000, "scaled_linear"),
+        DiffusionConfig(1000, "scaled_linear", 0.00085, 0.012),
         pose=ControlNetConfig("pixels", 3, (16, 32, 96, 256)), background=ControlNetConfig("latents", 4)), **changes)
 
 

@@ -13,7 +13,7 @@ TINY = yaml.safe_load("""
 unet: {channels: 4, widths: [8, 16], attention: [true, false], layers: 1, heads: 2, context: 12, groups: 4}
 vae: {channels: 4, widths: [8, 8, 16], layers: 1, groups: 4, scaling: 0.5}
 clip: {image_size: 24, patch: 8, width: 32, layers: 2, heads: 4, mlp: 96, projection: 20}
-diffusion: {steps: 1000, schedule: scaled_linear}
+diffusion: {steps: 1000, schedule: scaled_linear, beta_start: 0.00085, beta_end: 0.012}
 pose: {hint: pixels, channels: 3, widths: [4, 6, 8]}
 background: {hint: latents, channels: 4}
 """)
@@ -76,9 +76,9 @@ def test_lists_become_tuples_so_that_a_config_can_be_hashed():
 
 
 def test_what_is_left_out_has_its_default():
-    config = tiny()
+    config = tiny("--diffusion={steps: 1000, schedule: cosine}")
     assert (config.diffusion, config.clip.activation, config.tokens, config.unet.temporal) == (
-        DiffusionConfig(1000, "scaled_linear", 0.00085, 0.012, "epsilon", False), "quick_gelu", "local", False)
+        DiffusionConfig(1000, "cosine", None, None, "epsilon", False), "quick_gelu", "local", False)
     unhinted = from_dict(ModelConfig, {key: TINY[key] for key in TINY if key not in ("pose", "background")})
     assert unhinted.pose is None and unhinted.background is None
 

@@ -105,7 +105,7 @@ def fake(zt, t):
 
 
 def alpha_bars():
-    return diffusion.alpha_bars(DiffusionConfig(1000, "scaled_linear"))
+    return diffusion.alpha_bars(DiffusionConfig(1000, "scaled_linear", 0.00085, 0.012))
 
 
 @pytest.mark.parametrize("name", SAMPLER_RUNS)
