@@ -36,8 +36,24 @@ def load(*paths: str | Path, variant: str | None = None, config: str | Path | No
     dtype: of all weights; None keeps what the files have. seed: for what is started afresh.
     """
     files = [weights.open_weights(path) for path in paths]
+    model, tensors, started = fit(files, variant, config, overrides, say)
+    held = {key: tensor.shape for key, tensor in model.state_dict().items() if not _is_fresh(key, started)}
+    ours = weights.to_ours(tensors, held)
+    model.load_state_dict(model.state_dict() | ours, assign=True)         # the others stay on meta until they are drawn
+    _initialise(model, seed)
+    for part in started:
+        say(f"not in the files: {part}")
+    return model.to(dtype).eval() if dtype else model.eval()
+
+
+def fit(files: list[Weights], variant: str | None = None, config: str | Path | None = None, overrides: list[str] = (),
+        say: Callable[[str], None] = print) -> tuple[DisCo, Tensors, dict[str, tuple[str, ...]]]:
+    """Find the model that these files make and hold them against it; an InputError if they do not fit.
+
+    -> the model on the meta device, all official tensors, {what was started: parts of the names still to be drawn}
+    """
+    source = " + ".join(str(file.path) for file in files)
     tensors, started = _merge(files, variant or _variant_of(files))
-    source = " + ".join(str(path) for path in paths)
     try:
         model_config = _config_of(files, tensors, started, config, overrides, say)
     except InputError as error:
@@ -48,14 +64,9 @@ def load(*paths: str | Path, variant: str | None = None, config: str | Path | No
         started["token projection; started as a copy of CLIP's own"] = ()
     with torch.device("meta"):
         model = DisCo(model_config)
-    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    held = {key: shape for key, shape in shapes.items() if not _is_fresh(key, started)}
-    ours = weights.to_ours(tensors, held, source)
-    model.load_state_dict(model.state_dict() | ours, assign=True)         # the others stay on meta until they are drawn
-    _initialise(model, seed)
-    for part in started:
-        say(f"not in the files: {part}")
-    return model.to(dtype).eval() if dtype else model.eval()
+    held = {key: tensor.shape for key, tensor in model.state_dict().items() if not _is_fresh(key, started)}
+    weights.require_fit(tensors, held, source)
+    return model, tensors, started
 
 
 def _variant_of(files: list[Weights]) -> str:
@@ -86,8 +97,8 @@ def _merge(files: list[Weights], variant: str) -> tuple[Tensors, dict[str, tuple
                     for name, tensor in base.tensors.items() if name.startswith(ENCODER)}
         new = (prefix + "controlnet_down_blocks.", prefix + "controlnet_mid_block.")
         if net == "background":                  # official: its first convolution starts as the UNet's, not as zero
-            tensors |= {f"{prefix}{HINT}conv_in.{end}": base.tensors[f"unet.conv_in.{end}"].clone()
-                        for end in ("weight", "bias")}
+            tensors |= {prefix + HINT + name.removeprefix("unet."): tensor.clone()
+                        for name, tensor in base.tensors.items() if name.startswith("unet.conv_in.")}
         else:
             new += (prefix + HINT,)
         started[f"{net} net; started as a copy of the UNet's encoder in {base.path}"] = new
@@ -128,7 +139,11 @@ def _config_of(files: list[Weights], tensors: Tensors, started: dict, path, over
         told["tokens"] = "local"                                         # through the trained projection, or to train it
     if assumed:
         say(f"not in the files, taken from {ASSUMED.name}: " + ", ".join(assumed))
-    config = from_dict(ModelConfig, override(values | told, list(overrides)))
+    try:
+        config = from_dict(ModelConfig, override(values | told, list(overrides)))
+    except InputError as error:
+        guess = f" (not in the files, so assumed: {', '.join(assumed)}; --config says otherwise)" if assumed else ""
+        raise InputError(f"{error}{guess}") from None
     for file in files:
         sizes.check_config_json(file.config_json, config, file.path)
     return config

@@ -204,8 +204,8 @@ def _require_state_dict(content, path: Path, expected: str) -> None:
 
 # ---- Between the official names and ours ----------------------------------------------------------------------
 
-def to_ours(tensors: Tensors, shapes: dict[str, torch.Size], source: str) -> Tensors:
-    """Official tensors as ours, for a model with these tensors of ours. Any mismatch is an InputError.
+def require_fit(tensors: Tensors, shapes: dict[str, torch.Size], source: str) -> None:
+    """An InputError unless these official tensors are just those of a model with these tensors of ours.
 
     `shapes`: our names -> shapes; `source` names the files in the message.
     """
@@ -218,6 +218,10 @@ def to_ours(tensors: Tensors, shapes: dict[str, torch.Size], source: str) -> Ten
         raise InputError(f"{source} does not fit this model: " + "; ".join(
             f"{len(bad)} {what} ({', '.join(bad[:10])}{', …' if len(bad) > 10 else ''})"
             for what, bad in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)) if bad))
+
+
+def to_ours(tensors: Tensors, shapes: dict[str, torch.Size]) -> Tensors:
+    """Official tensors as ours, for a model with these tensors of ours, which they fit."""
     ours = {}
     for key, shape in shapes.items():
         name = names.official(key)

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from formula import model
 from nanodisco import convert, loading, weights
@@ -61,6 +62,24 @@ def test_inspect_says_what_it_is_its_sizes_and_what_is_missing(tmp_path, capsys)
     assert "684 tensors     3,222,692 values, float16" in said and "widths 32 64 64 64" in said
     assert "not used" in said and "position_ids (1)" in said
     assert "for sampling pictures" in said and "lacks pose ControlNet" in said
+
+
+def test_inspect_says_which_model_the_tensors_fit(sd, tmp_path, capsys):
+    convert.main(["inspect", str(sd)])
+    assert "picture model, tokens local; to be started afresh: pose net, background net, token" in capsys.readouterr().out
+    weights.write_folder(tmp_path / "ours", model("temporal").state_dict(), model("temporal").config)
+    convert.main(["inspect", str(tmp_path / "ours")])
+    assert "fits                       video model (temporal layers), tokens local\n" in capsys.readouterr().out
+
+
+def test_inspect_names_what_keeps_tensors_from_fitting(tmp_path, capsys):
+    folder = write_sd_folder(tmp_path / "sd")
+    tensors = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    tensors["conv_in.odd"] = tensors.pop("conv_in.bias")
+    save_file(tensors, folder / "unet" / "diffusion_pytorch_model.safetensors")
+    convert.main(["inspect", str(folder)])
+    said = capsys.readouterr().out
+    assert "no model: " in said and "missing (unet.conv_in.bias" in said and "unexpected (unet.conv_in.odd" in said
 
 
 @pytest.mark.parametrize("write, kind", [(write_compvis, "CompVis, Stable Diffusion"), (write_sd_folder, "diffusers, Stable Diffusion"),
