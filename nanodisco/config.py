@@ -152,7 +152,8 @@ def _require_positive_sizes(group: str, config) -> None:
         numbers = value if isinstance(value, tuple) else (value,)
         for number in numbers:
             if type(number) in (int, float) and not field.name.startswith("beta_"):
-                _require(math.isfinite(number) and number > 0, f"{group}.{field.name}", f"holds {number}; expected more than 0")
+                _require(math.isfinite(number) and number > 0, f"{group}.{field.name}",
+                         f"holds {number}; expected more than 0")
         _require(len(numbers) > 0 or field.default == (), f"{group}.{field.name}", "is empty; give one value a level")
 
 

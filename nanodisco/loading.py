@@ -136,7 +136,7 @@ def _config_of(files: list[Weights], tensors: Tensors, started: dict, path, over
         values[group] = guessed | told | shown
     told = {key: known[key] for known in given for key in ("tokens", "uncond") if key in known}
     if values["tokens"] == "local" or all(file.variant == "base" for file in files):
-        told["tokens"] = "local"                                         # through the trained projection, or to train it
+        told["tokens"] = "local"                                         # by the trained projection, or to train one
     if assumed:
         say(f"not in the files, taken from {ASSUMED.name}: " + ", ".join(assumed))
     try:

@@ -11,7 +11,8 @@ from formula import model
 from nanodisco import convert, loading, weights
 from nanodisco.config import to_dict
 from nanodisco.errors import run
-from test_weights import assert_same_tensors, assert_same_weights, quiet, write_checkpoint, write_compvis, write_sd_folder
+from test_weights import (assert_same_tensors, assert_same_weights, quiet, write_checkpoint, write_compvis,
+                          write_sd_folder)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,8 @@ def test_inspect_says_what_it_is_its_sizes_and_what_is_missing(tmp_path, capsys)
 
 def test_inspect_says_which_model_the_tensors_fit(sd, tmp_path, capsys):
     convert.main(["inspect", str(sd)])
-    assert "picture model, tokens local; to be started afresh: pose net, background net, token" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "picture model, tokens local; to be started afresh: pose net, background net, token projection" in said
     weights.write_folder(tmp_path / "ours", model("temporal").state_dict(), model("temporal").config)
     convert.main(["inspect", str(tmp_path / "ours")])
     assert "fits                       video model (temporal layers), tokens local\n" in capsys.readouterr().out
@@ -82,8 +84,9 @@ def test_inspect_names_what_keeps_tensors_from_fitting(tmp_path, capsys):
     assert "no model: " in said and "missing (unet.conv_in.bias" in said and "unexpected (unet.conv_in.odd" in said
 
 
-@pytest.mark.parametrize("write, kind", [(write_compvis, "CompVis, Stable Diffusion"), (write_sd_folder, "diffusers, Stable Diffusion"),
-                                         (write_checkpoint, "DisCo, picture model")])
+@pytest.mark.parametrize("write, kind", [
+    (write_compvis, "CompVis, Stable Diffusion"), (write_sd_folder, "diffusers, Stable Diffusion"),
+    (write_checkpoint, "DisCo, picture model")])
 def test_inspect_tells_the_formats_apart(tmp_path, capsys, write, kind):
     convert.main(["inspect", str(write(tmp_path / "weights.ckpt"))])
     assert kind in capsys.readouterr().out
@@ -189,8 +192,9 @@ def test_an_interrupted_export_leaves_nothing_behind_and_ends_with_130(monkeypat
         path.write_bytes(b"half")
         raise KeyboardInterrupt
     monkeypatch.setattr(weights, "save_file", interrupted)
+    command = ["export", str(tmp_path / "in"), "--to", "disco", "--out", str(tmp_path / "x.safetensors")]
     with pytest.raises(SystemExit) as ended:
-        run(lambda: convert.main(["export", str(tmp_path / "in"), "--to", "disco", "--out", str(tmp_path / "x.safetensors")]))
+        run(lambda: convert.main(command))
     assert ended.value.code == 130
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
@@ -200,11 +204,11 @@ def test_a_full_disk_leaves_nothing_behind(monkeypatch, tmp_path, out):
     # A limit on the size of files makes writing fail as a full disk does; the limit holds in the child only.
     weights.write_folder(tmp_path / "in", model("image").state_dict(), model("image").config)
     verb = {"ours": ["import"], "sd": ["export", "--to", "diffusers"]}.get(out, ["export", "--to", "disco"])
-    command = [sys.executable, "-m", "nanodisco.convert", verb[0], str(tmp_path / "in"), *verb[1:], "--out", str(tmp_path / out)]
+    arguments = [verb[0], str(tmp_path / "in"), *verb[1:], "--out", str(tmp_path / out)]
     limit = "import resource, signal, sys, runpy; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
             "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); sys.argv = sys.argv[1:]; " \
             "runpy.run_module('nanodisco.convert', run_name='__main__')"
-    ended = subprocess.run([command[0], "-c", limit, *command[2:]], capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, "-c", limit, "convert", *arguments], capture_output=True, text=True)
     assert ended.returncode == 2, ended.stderr
     assert "cannot write" in ended.stderr and ended.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["in"]

@@ -74,7 +74,8 @@ def test_a_model_with_a_pose_net_says_so_when_there_is_no_pose():
 def test_dropping_one_reference_of_a_batch_leaves_the_other_samples_loss_alone():
     batch, draws = training_data()
     first = replace(draws, drop_reference=torch.tensor([True, False]))
-    other = Batch(batch.target, batch.reference * torch.tensor([0.5, 1.0]).view(2, 1, 1, 1), batch.background, batch.pose)
+    darker = batch.reference * torch.tensor([0.5, 1.0]).view(2, 1, 1, 1)
+    other = replace(batch, reference=darker)
     with torch.no_grad():
         assert torch.equal(model("image").loss(batch, first), model("image").loss(other, first))
         assert not torch.equal(model("image").loss(batch, draws), model("image").loss(other, draws))
@@ -125,4 +126,5 @@ def test_references_and_poses_are_dropped_with_their_own_probabilities():
     batch = Batch(*(torch.zeros(400, *shape) for shape in ((3, 2, 8, 8), (3, 56, 56), (3, 8, 8), (3, 2, 8, 8))))
     draws = model("temporal").draw(batch, torch.Generator().manual_seed(0), drop_reference=0.1, drop_pose=0.4)
     assert 0.05 < draws.drop_reference.float().mean() < 0.15
-    assert 0.35 < draws.drop_pose.float().mean() < 0.45 and not torch.equal(draws.drop_pose[:, 0], draws.drop_pose[:, 1])
+    assert 0.35 < draws.drop_pose.float().mean() < 0.45
+    assert not torch.equal(draws.drop_pose[:, 0], draws.drop_pose[:, 1])

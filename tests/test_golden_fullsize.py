@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from formula import MODULE, assert_all_close, assert_close, config, fill, given, golden
+from formula import MODULE, assert_all_close, config, fill, given, golden
 
 from nanodisco.clip import ImageEncoder
 from nanodisco.controlnet import ControlNet

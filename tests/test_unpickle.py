@@ -49,7 +49,8 @@ def saved(path, content):
     return path
 
 
-@pytest.mark.parametrize("planted", [lambda mark: Planted(mark), lambda mark: ByEval(f"__import__('os').mkdir({str(mark)!r})")])
+@pytest.mark.parametrize("planted", [
+    lambda mark: Planted(mark), lambda mark: ByEval(f"__import__('os').mkdir({str(mark)!r})")])
 def test_planted_code_never_runs_and_the_weights_still_load(tmp_path, planted):
     mark = tmp_path / "code-has-run"
     path = saved(tmp_path / "evil.pt", {"module": {"w": torch.arange(3)}, "ds_config": planted(mark)})
@@ -77,7 +78,8 @@ def test_what_lightning_and_deepspeed_leave_in_their_files_loads(tmp_path):
     assert torch.equal(unpickle.load(saved(tmp_path / "x.ckpt", content))["state_dict"]["w"], torch.ones(2))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64,
+                                   torch.bool])
 def test_tensors_of_every_kind_and_layout_come_back(tmp_path, dtype):
     base = torch.arange(24).reshape(4, 6).to(dtype)
     content = {"whole": base, "view": base[1:, ::2], "turned": base.T, "scalar": base[0, 1], "empty": base[:0]}
@@ -97,7 +99,8 @@ def test_files_from_before_the_zip_format_load(tmp_path):
 
 
 def test_an_old_file_with_more_than_tensors_is_refused(tmp_path):
-    torch.save({"w": torch.ones(2), "args": argparse.Namespace()}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    content = {"w": torch.ones(2), "args": argparse.Namespace()}
+    torch.save(content, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(InputError, match="the format of torch before 1.6 and holds more than tensors"):
         unpickle.load(tmp_path / "old.pt")
 
