@@ -155,7 +155,7 @@ def test_all_ways_to_write_the_base_folder_mean_the_same(tmp_path, spelling, fil
         assert_same_tensors(loaded.get_submodule(net).state_dict(), model("image").get_submodule(net).state_dict())
 
 
-def write_compvis(path):
+def write_compvis(path, extra=None):
     """The base model's UNet and VAE as Stable Diffusion's .ckpt has them."""
     official = module_dict("image")
     state = {}
@@ -167,6 +167,7 @@ def write_compvis(path):
             attention = network == "vae." and ".attn_1." in name and tensor.ndim == 2
             state[prefix + name] = tensor[..., None, None] if attention else tensor
     state |= {"betas": torch.ones(1000), "model_ema.decay": torch.ones(()), "cond_stage_model.x": torch.ones(2)}
+    state |= extra or {}
     torch.save({"state_dict": state, "global_step": 470000, "pytorch-lightning_version": "1.4.2"}, path)
     return path
 
@@ -356,6 +357,11 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(sd, tmp_path):
     message = error_of(sd, spoiled(tmp_path, lambda module: module.update(
         {"unet.conv_out.weight": torch.ones(4, 31, 3, 3)})))
     assert "1 misshapen (unet.conv_out.weight [4, 31, 3, 3] instead of [4, 32, 3, 3])" in message
+
+
+def test_a_compvis_tensor_that_no_rule_names_is_refused(sd, tmp_path):
+    path = write_compvis(tmp_path / "sd.ckpt", {"control_model.weight": torch.ones(2)})
+    assert "1 unexpected (control_model.weight)" in error_of(sd, path)
 
 
 def test_at_most_ten_names_of_each_kind_are_listed(sd, tmp_path):
