@@ -1,7 +1,7 @@
 """CLIP's image encoder: a photo of the person to the tokens that the networks attend to.
 
 A vision transformer (CLIP, arXiv:2103.00020) cuts the photo into patches and gives one token a
-patch, and one for the whole. DisCo (arXiv:2307.00040, section 3.2) shows all of them, 257 for
+patch, and one for the whole. DisCo (arXiv:2307.00040, section 3) shows all of them, 257 for
 ViT-L/14, through a projection of its own. Official names: `CLIPVisionModelWithProjection`,
 `refer_clip_proj`. The transformer itself is open_clip's; its weights are mapped by names.py.
 """

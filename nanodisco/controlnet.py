@@ -3,9 +3,10 @@
     residuals = zero_convs(encoder(z, t, tokens; conv_in(z) + hint_layers(hint)))
 
 One residual for each of the UNet's skips and one for its middle. The last convolutions start as
-zero, so a fresh ControlNet changes nothing. DisCo has two (section 3.2): the pose net, whose hint is
-the pose picture, and the background net, whose hint is the background's latent. Official names:
-`ControlNetModel`; `controlnet_cond_embedding`, `controlnet_down_blocks`, `controlnet_mid_block`.
+zero, so a fresh ControlNet changes nothing. DisCo (arXiv:2307.00040, section 3) has two: the pose
+net, whose hint is the pose picture, and the background net, whose hint is the background's latent.
+Official names: `ControlNetModel`; `controlnet_cond_embedding`, `controlnet_down_blocks`,
+`controlnet_mid_block`.
 """
 from torch import Tensor, nn
 from torch.nn.functional import silu

@@ -4,8 +4,8 @@ Video reuses every 2-D layer: the frames of a clip are folded into the batch, (B
 (B*F, C, H, W) with the frames of a clip adjacent, and layers that need the frame axis are told F.
 Two kinds of layer look along it: a convolution of three frames after each ResBlock's last
 convolution, and attention over all frames in each transformer block. Both start as zero, so they
-change nothing until they are trained. DisCo (arXiv:2307.00040), its variant with temporal modelling; official `tem_conv` and
-`tem_attn`. There is no positional encoding of frames.
+add nothing until they are trained. There is no positional encoding of frames. From the variant of
+DisCo (arXiv:2307.00040) with temporal modelling. Official names: `tem_conv`, `tem_attn`.
 """
 import torch
 from torch import Tensor, nn
