@@ -6,25 +6,40 @@ from pathlib import Path
 
 import pytest
 import torch
-from formula import build, given, recorded
+from formula import build, given, model, recorded
 from torch.nn.functional import silu
+from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import attention, group_norm_silu
-from nanodisco import diffusion
+from nanodisco import diffusion, sampling, temporal, transformer, unet, vae
 from nanodisco.config import ModelConfig, load
 from nanodisco.controlnet import ControlNet
-from nanodisco.layers import ResBlock
+from nanodisco.layers import ResBlock, time_features
+from nanodisco.temporal import TemporalAttention, fold, unfold
+from nanodisco.transformer import CrossAttention, SelfAttention, SpatialTransformer
 from nanodisco.unet import UNet
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
-CHAPTERS = dict(re.findall(r"^## \d+\. (\w+)\n(.*?)(?=^## |\Z)", TEXT, re.M | re.S))
+CHAPTERS = {name: " ".join(text.split()) for name, text in           # line breaks mean nothing
+            re.findall(r"^## \d+\. (\w+)\n(.*?)(?=^## |\Z)", TEXT, re.M | re.S)}
+ROWS = [line for line in TEXT.splitlines() if line.startswith("|")]
 OFFICIAL = ROOT / "config" / "model" / "sd-image-variations.yaml"
 
 
-def answer(chapter: str) -> str:
-    """The number in bold in a chapter's answer."""
-    (found,) = re.findall(r"Answer</summary>.*?\*\*([\d.,]+)\*\*", CHAPTERS[chapter], re.S)
+def says(chapter: str, *statements: str) -> None:
+    for statement in statements:
+        assert statement in CHAPTERS[chapter]
+
+
+def answers(chapter: str) -> list[str]:
+    """The numbers in bold in a chapter's answer."""
+    (text,) = re.findall(r"<details>.*?</details>", CHAPTERS[chapter])
+    return re.findall(r"\*\*([\d.,]+)\*\*", text)
+
+
+def row(start: str) -> str:
+    (found,) = [line for line in ROWS if line.startswith(f"| {start}")]
     return found
 
 
@@ -34,27 +49,45 @@ def full_size(*arguments: str) -> ModelConfig:
 
 
 @cache
-def on_meta(kind: str):
-    """A network at its true size without memory for its values."""
-    config = full_size()
+def on_meta(kind: str, *arguments: str):
+    """A network at its true size without memory for its values.   kind: unet | pose | background"""
+    config = full_size(*arguments)
     with torch.device("meta"):
-        if kind == "video":
-            return UNet(full_size("--unet.temporal=true").unet)
         return UNet(config.unet) if kind == "unet" else ControlNet(getattr(config, kind), config.unet)
 
 
-def size(net) -> int:
-    return sum(p.numel() for p in net.parameters())
+def size(*nets) -> int:
+    return sum(p.numel() for net in nets for p in net.parameters())
 
 
 def bars():
     return diffusion.alpha_bars(full_size().diffusion)
 
 
+def zero_convolutions(net: ControlNet) -> list:
+    """Those behind the encoder."""
+    return [*net.zero_skips, net.zero_mid]
+
+
+def fresh_pose_net() -> ControlNet:
+    """Tiny; the networks of formula.py have no zeros, so they are put back."""
+    net = build("image").pose
+    for zero in (*zero_convolutions(net), net.hint.conv_out):
+        zero.reset_parameters()
+    return net
+
+
 # ---- The exercises -------------------------------------------------------------------------------
 
-def test_exercise_diffusion_what_is_left_of_the_signal_at_the_last_step():
-    assert f"{bars()[-1].sqrt():.4f}" == answer("Diffusion")
+def test_exercise_diffusion_a_small_step_forgives_what_a_jump_would_not():
+    (first, second), wrong = sampling.timesteps("ddim", 50, 1000)[:2], 0.1
+    a, a_next = bars()[[first, second]].tolist()
+    z, eps = torch.randn(2, 1, 4, 8, 8, dtype=torch.float64)
+    right, other = (diffusion.split(out, z, a, "epsilon") for out in (eps, eps + wrong))
+    says("Diffusion", f"from $t = {first}$ to {second}", f"{a:.5g} and {a_next:.5g}",
+         f"= {(right[0] - other[0]).abs().mean():.3g},")
+    right, other = (diffusion.ddim_step(*both, a, a_next) for both in (right, other))
+    assert [f"{(right - other).abs().mean():.3g}"] == answers("Diffusion")
 
 
 def test_exercise_layers_only_a_pooled_norm_keeps_the_difference_between_frames():
@@ -62,107 +95,314 @@ def test_exercise_layers_only_a_pooled_norm_keeps_the_difference_between_frames(
     one, zero = torch.ones(1), torch.zeros(1)
     assert not group_norm_silu(clip, one, zero, 1, 1e-5, frames=1).any()
     pooled = group_norm_silu(clip, one, zero, 1, 1e-5, frames=2)
-    assert f"{pooled[1].mean():.3f}" == answer("Layers")
+    assert [f"{pooled[1].mean():.3f}"] == answers("Layers")
 
 
-def test_exercise_transformer_zero_tokens_are_looked_at_evenly_and_leave_only_the_bias():
-    tokens = full_size().clip.tokens
-    marks = torch.eye(tokens)[None, :, None]                             # values that show the weights
-    weights = attention(torch.randn(1, 1, 1, tokens), torch.zeros(1, tokens, 1, tokens), marks)
-    assert {f"{w:.5f}" for w in weights.flatten()} == {answer("Transformer")}
-    cross = build("image").unet.encoder.mid.attn[0].block.cross_attn
-    with torch.no_grad():
-        out = cross(torch.randn(1, 3, 64), torch.zeros(1, 17, 32))
-    assert torch.equal(out, cross.out.bias.expand(1, 3, 64))
+def multiply_adds(module, *inputs) -> dict[str, int]:
+    """Of each matrix product: `bmm` are those of the attention itself, the others those of linear layers."""
+    with FlopCounterMode(display=False) as counter:
+        module(*inputs)
+    return {str(op): flops // 2 for op, flops in counter.get_flop_counts()["Global"].items()}
+
+
+def test_exercise_transformer_self_attention_grows_nearly_as_the_square_of_the_pixels():
+    with torch.device("meta"):
+        own, cross, tokens = SelfAttention(320, 8), CrossAttention(320, 8, 768), torch.empty(1, 257, 768)
+        small, large = torch.empty(1, 32 * 32, 320), torch.empty(1, 64 * 64, 320)
+    before, after = multiply_adds(own, small), multiply_adds(own, large)
+    grown = sum(after.values()) / sum(before.values())
+    assert [f"{grown:.3g}"] == answers("Transformer")
+    scores = before["aten.bmm"]
+    says("Transformer", f"{(sum(before.values()) - scores) / 1e9:.3f} billion, grows by 4",
+         f"{scores / 1e9:.3f} billion, by 16",
+         f"{sum(before.values()) / 1e9:.3f} to {sum(after.values()) / 1e9:.3f} billion")
+    assert after["aten.bmm"] == 16 * scores
+    grown = sum(multiply_adds(cross, large, tokens).values()) / sum(multiply_adds(cross, small, tokens).values())
+    says("Transformer", f"Cross-attention grows by {grown:.3g} only")
 
 
 def test_exercise_unet_channels_that_the_first_resblock_of_the_finest_level_reads():
     widths = [res.conv1.in_channels for res in on_meta("unet").up[-1].res]
-    assert str(widths[0]) == answer("UNet")
-    assert "read {}, {} and {}".format(*widths) in " ".join(CHAPTERS["UNet"].split())
+    assert [str(widths[0])] == answers("UNet")
+    says("UNet", "read {}, {} and {}".format(*widths), f"hands up {on_meta('unet').up[-2].up.conv.out_channels}")
 
 
-def test_exercise_controlnet_only_the_last_zero_convolutions_learn_in_the_first_step():
-    def behind_the_encoder(net):
-        return [*net.zero_skips, net.zero_mid]
+def test_exercise_controlnet_what_learns_in_which_step():
+    def learning():
+        sum((r - 1).square().mean()
+            for r in net(given("latents"), given("timesteps"), given("tokens"), given("pose"))).backward()
+        return {name for name, p in net.named_parameters() if p.grad.any()}
 
-    assert f"{sum(size(zero) for zero in behind_the_encoder(on_meta('pose'))):,}" == answer("ControlNet")
-    net = build("image").pose
-    for zero in (*behind_the_encoder(net), net.hint.conv_out):
-        zero.reset_parameters()
-    sum(r.square().mean() + r.mean() for r in net(given("latents"), given("timesteps"), given("tokens"), given("pose"))
-        ).backward()
-    learning = {name.split(".")[0] for name, p in net.named_parameters() if p.grad is not None and p.grad.any()}
-    assert learning == {"zero_skips", "zero_mid"}
+    net = fresh_pose_net()
+    optimizer, steps = torch.optim.SGD(net.parameters(), lr=0.01), []
+    for _ in range(3):
+        optimizer.zero_grad(set_to_none=False)
+        steps.append(learning())
+        optimizer.step()
+    everything = {name for name, _ in net.named_parameters()}
+    assert steps[0] == {name for name in everything if name.startswith("zero_")}
+    assert steps[1] == {name for name in everything if not name.startswith(("hint.conv_in", "hint.blocks"))}
+    assert steps[2] == everything
+    counted = size(*zero_convolutions(on_meta("pose")))
+    assert [f"{counted:,}", str(len(steps))] == answers("ControlNet")
+    says("ControlNet", f"about {100 * counted / size(on_meta('pose')):.1f} %")
+    widths = on_meta("pose").encoder.widths_of_skips
+    assert [widths.count(w) for w in (320, 640, 1280)] == [4, 3, 5]      # four skips …, three …, five …
 
 
 # ---- The other numbers -----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("row, values", [("what is left of the signal", lambda a: a.sqrt()),
-                                         ("signal-to-noise ratio", lambda a: a / (1 - a))])
-def test_the_table_of_the_schedule_is_right(row, values):
-    (line,) = [line for line in CHAPTERS["Diffusion"].splitlines() if row in line]
-    written = [float(cell) for cell in line.split("|")[2:-1]]
-    torch.testing.assert_close(torch.tensor(written), values(bars())[[0, 250, 500, 750, 999]], rtol=5e-4, atol=5e-5)
+@pytest.mark.parametrize("start, values", [("$\\sqrt{a_t}$, what is left of the signal", lambda a: a.sqrt()),
+                                           ("signal-to-noise ratio", lambda a: a / (1 - a))])
+def test_the_table_of_the_schedule_is_right(start, values):
+    written = [cell.strip() for cell in row(start).split("|")[2:-1]]
+    digits = [len(cell.replace(".", "").lstrip("0")) for cell in written]
+    exact = values(bars().double())[[0, 250, 500, 750, 999]].tolist()
+    assert written == [f"{x:#.{n}g}".rstrip(".") for x, n in zip(exact, digits)]
 
 
-def test_the_last_step_of_ddim_is_at_the_written_value():
-    assert f"{bars()[0]:.5f}" in CHAPTERS["Diffusion"]
+def test_the_ends_of_the_schedule_are_as_written():
+    last, first = bars()[-1].sqrt(), bars()[0]
+    says("Diffusion", f"factor of {last:.4f}", f"$a_0$ = {first:.5f}", f"{(1 - first).sqrt():.4f} of its amplitude")
 
 
-@pytest.mark.parametrize("net, chapter", [("unet", "UNet"), ("video", "UNet"), ("pose", "ControlNet"),
-                                          ("background", "ControlNet")])
-def test_counts_of_values_are_right(net, chapter):
-    assert f"{size(on_meta(net)):,}" in CHAPTERS[chapter]
+@pytest.mark.parametrize("scheduler, ending", [("ddim", " of 50"), ("ddpm", ".")])
+def test_the_steps_of_the_samplers_are_as_written(scheduler, ending):
+    first, second, *_, last = sampling.timesteps(scheduler, 50, 1000)
+    says("Diffusion", f"{first}, {second}, …, {last}{ending}")
+    assert set(sampling.timesteps("pndm", 50, 1000)) == set(sampling.timesteps("ddim", 50, 1000))
 
 
-def test_the_shapes_on_the_way_down_and_the_number_of_skips_are_right():
-    unet = on_meta("unet")
-    z, t, tokens = torch.empty(1, 4, 32, 32, device="meta"), torch.zeros(1, device="meta"), torch.empty(
-        1, 257, 768, device="meta")
-    paths = {"conv_in": "encoder.conv_in", "level 0": "encoder.down.0.down", "level 1": "encoder.down.1.down",
-             "level 2": "encoder.down.2.down", "level 3": "encoder.down.3.res.1", "middle": "encoder.mid",
-             "norm": "conv_out"}
-    with recorded(unet, paths) as seen:
-        unet(z, t, tokens)
-    for start, tensor in seen.items():
-        (line,) = [line for line in CHAPTERS["UNet"].splitlines() if line.startswith(f"| {start}")]
-        assert "(B·F, {}, {}, {})".format(*tensor.shape[1:]) in line
-    assert f"takes all {len(unet.encoder.widths_of_skips)}" in CHAPTERS["UNet"]
+def test_a_squared_error_of_the_noise_is_that_of_the_latent_times_the_signal_to_noise_ratio():
+    z, right, wrong = torch.randn(3, 1000, dtype=torch.float64)
+    a = 0.3
+    errors = [(one - other).square() for one, other in zip(*(diffusion.split(x, z, a, "epsilon")
+                                                             for x in (right, wrong)))]
+    torch.testing.assert_close(errors[1], errors[0] * a / (1 - a))
 
 
-def test_the_shapes_inside_a_transformer_are_right():
-    unet, text = on_meta("unet"), CHAPTERS["Transformer"]
-    block = unet.encoder.down[0].attn[0].block
-    heads, width = block.self_attn.heads, block.self_attn.out.in_features
-    assert f"3 × (B·F, {32 * 32}, {heads}, {width // heads})" in text
-    assert f"2 × (B, {full_size().clip.tokens}, {heads}, {width // heads})" in text
-    assert f"(B·F, {32 * 32}, {block.ff.up.out_features}), gated to {block.ff.down.in_features}" in text
-    assert f"tokens (B, {full_size().clip.tokens}, {block.cross_attn.kv.in_features})" in text
+def test_the_latent_is_as_much_smaller_than_the_picture_as_written():
+    config = full_size()
+    pixels, latent = 256, 256 // config.vae.factor
+    says("Diffusion", f"{config.vae.channels} × {latent} × {latent} = {config.vae.channels * latent ** 2:,}",
+         f"{vae.COLOURS} × {pixels} × {pixels} = {vae.COLOURS * pixels ** 2:,}")
 
 
-def test_the_time_is_added_as_one_number_a_channel():
+def test_the_clocks_of_the_time_turn_as_fast_as_written():
+    hands = full_size().unet.widths[0] // 2
+    says("Layers", f"t f_{{{hands - 1}}}", f"10000^{{-i/{hands}}}", f"these {2 * hands} features")
+    sines = time_features(torch.tensor([2 * torch.pi, 999.0]), 2 * hands)[:, hands:]
+    assert sines[0, 0].abs() < 1e-5                                      # the first is round once
+    says("Layers", f"every {2 * torch.pi:.2f} steps", f"turns by {sines[1, -1].asin():.3f} radians")
+
+
+def test_a_time_that_is_the_same_for_all_channels_of_a_group_has_no_effect():
+    groups, width = full_size().unet.groups, full_size().unet.widths[1]
+    says("Layers", f"all {width // groups} channels of a group ({width} channels in {groups} groups)")
+    res, x, emb = ResBlock(8, 16, 4, 1e-5, 32), torch.randn(2, 8, 6, 6), torch.randn(2, 32)
+    before = res(x, emb)
+    with torch.no_grad():
+        res.time.bias += torch.tensor([3.0, -2.0, 1.0, 5.0]).repeat_interleave(4)
+        torch.testing.assert_close(res(x, emb), before)
+        res.time.bias += torch.tensor([3.0, -2.0, 1.0, 5.0]).repeat(4)
+    assert not torch.allclose(res(x, emb), before, atol=1e-2)
+
+
+def test_an_odd_latent_goes_down_and_comes_back_by_the_written_sizes():
+    net = on_meta("unet")
+    with recorded(net, {"a": "encoder.down.0.down", "b": "encoder.down.1.down", "c": "encoder.down.2.down"}) as seen:
+        out = net(torch.empty(1, 4, 9, 7, device="meta"), torch.zeros(1, device="meta"),
+                  torch.empty(1, 257, 768, device="meta"))
+    a, b, c, end = ("{} × {}".format(*x.shape[2:]) for x in (*seen.values(), out))
+    says("Layers", f"a latent of 9 × 7 goes down to {a}, {b} and {c}, and comes back as {end}")
+
+
+def test_the_eps_of_each_norm_is_as_written():
+    assert (unet.EPS, vae.EPS) == (1e-5, 1e-6)
+    says("Layers", "$10^{-5}$ in the UNet's ResBlocks and $10^{-6}$ in the VAE's")
+    transformers = [m for m in on_meta("unet").modules() if isinstance(m, SpatialTransformer)]
+    assert {m.norm.eps for m in transformers} == {1e-6}
+    says("Transformer", "an eps of $10^{-6}$ instead of $10^{-5}$")
+
+
+def test_attention_along_frames_does_not_know_their_order():
+    layer, order = TemporalAttention(16, 2), torch.tensor([2, 0, 3, 1])
+    torch.nn.init.normal_(layer.out.weight)
+    clips = torch.randn(2, 16, 4, 3, 1)                                  # (B, D, F, L, 1)
+
+    def attend(clips):
+        x = fold(clips)[0].squeeze(-1).transpose(1, 2)                   # (B*F, L, D)
+        return unfold(layer(x, 4).transpose(1, 2)[..., None], 4)
+
+    torch.testing.assert_close(attend(clips[:, :, order]), attend(clips)[:, :, order])
+
+
+def test_tokens_of_zero_are_looked_at_evenly_and_leave_only_the_bias():
+    tokens = full_size().clip.tokens
+    says("Transformer", f"{tokens} tokens that are all zero", f"every weight 1/{tokens}")
+    marks = torch.eye(tokens)[None, :, None]                             # values that show the weights
+    weights = attention(torch.randn(1, 1, 1, tokens), torch.zeros(1, tokens, 1, tokens), marks)
+    torch.testing.assert_close(weights, torch.full_like(weights, 1 / tokens))
+    cross = model("image").unet.encoder.mid.attn[0].block.cross_attn
+    assert torch.equal(cross(torch.randn(1, 3, 64), torch.zeros(1, 17, 32)), cross.out.bias.expand(1, 3, 64))
+
+
+def test_numbers_of_blocks_and_values_of_the_unet_are_as_written():
+    net, modules = on_meta("unet"), list(on_meta("unet").modules())
+    blocks, transformers = (sum(isinstance(m, kind) for m in modules) for kind in (ResBlock, SpatialTransformer))
+    says("UNet", f"{blocks} ResBlocks and {transformers} transformers", f"{size(net.up):,} to {size(net.encoder):,}",
+         f"{size(net):,} values", f"video model ({size(on_meta('unet', '--unet.temporal=true')):,})")
+    heads, widths = full_size().unet.heads, full_size().unet.widths
+    assert heads == 8
+    says("UNet", "Eight heads at every level are {}, {} and {} wide".format(*(w // heads for w in widths[:3])))
+
+
+@pytest.mark.parametrize("column, kind", [(2, "pose"), (3, "background")])
+def test_the_table_of_the_two_nets_is_right(column, kind):
+    cells = {start: row(start).split("|")[column].strip() for start in ("goes", "residuals", "values")}
+    net = on_meta(kind)
+    convolutions = sum(isinstance(m, torch.nn.Conv2d) for m in net.hint.modules())
+    assert f"{ {1: 'one', 8: 'eight'}[convolutions]} convolution" in cells["goes"]
+    assert cells["residuals"].split(":")[0] == str(len(net.zero_skips) + 1)
+    assert cells["values"] == f"{size(net):,}"
+
+
+def test_the_letters_have_the_written_values():
+    unet, clip = full_size().unet, full_size().clip
+    width, context = unet.widths[0], clip.tokens
+    for start, written in {"C": f"{unet.channels} in a latent; {', '.join(map(str, unet.widths))} in the levels",
+                           "L, M": f"{32 * 32} at the finest level, {context}",
+                           "D, N, K": f"{width}, {unet.heads}, {width // unet.heads} at",
+                           "E": str(on_meta("unet").encoder.time.linear2.out_features)}.items():
+        assert f"| {written}" in row(f"{start} |")
+
+
+# ---- Shapes: each one in a table is that of a tensor of a run at full size ---------------------------
+
+B, F = 2, 7                            # 2 and 7 are no other number in any shape
+
+
+def written(shape) -> str:
+    words = {B * F: "B·F", B: "B", F: "F", F * 1024: "F·1024"}
+    return "(" + ", ".join(words.get(n, str(n)) for n in shape) + ")"
+
+
+@cache
+def traced() -> dict[str, list]:
+    """Start of a table's row -> the shapes in it, in order."""
+    video, shapes, calls = "--unet.temporal=true", {}, []
+    net, pose, background = (on_meta(kind, video) for kind in ("unet", "pose", "background"))
     with torch.device("meta"):
-        res, emb = ResBlock(320, 640, 32, 1e-5, 1280), torch.empty(1, 1280)
-        assert res.time(silu(emb)).shape == (1, 640)
-        assert res(torch.empty(1, 320, 16, 16), emb).shape == (1, 640, 16, 16)
+        clip, tokens, t = torch.empty(B, 4, F, 32, 32), torch.empty(B, 257, 768), torch.zeros(B, dtype=torch.long)
+        skeleton, latent = torch.empty(B, 3, F, 256, 256), torch.empty(B, 4, 32, 32)
+    z, frames = fold(clip)
+    shapes["$z_0$"], shapes["the same of"] = [latent.shape], [clip.shape]
+    shapes["its $a$"] = [diffusion.at(bars(), torch.zeros(B, dtype=torch.long), torch.empty(clip.shape)).shape]
+
+    first, block = "encoder.down.1.res.0", "encoder.down.0.attn.0"
+    paths = {"conv_in": "encoder.conv_in", "after conv1": f"{first}.conv1", "the time's": f"{first}.time", "y": first,
+             "as a sequence": f"{block}.proj_in", "value and gate": f"{block}.block.ff.up", "out, added": block,
+             "middle": "encoder.mid", "norm, SiLU": "conv_out", "level 3 down": "encoder.down.3.res.1",
+             "h": "encoder.down.0.res.0"}
+    paths |= {f"level {i} down": f"encoder.down.{i}.down" for i in (0, 1, 2)}
+    paths |= {f"level {i} up": f"up.{3 - i}.up" for i in (1, 2, 3)} | {"level 0 up": "up.3.attn.2"}
+
+    def spy(module, name):
+        original = getattr(module, name)
+
+        def noted(q, k, v, *rest):
+            calls.append((q.shape, k.shape, v.shape))
+            return original(q, k, v, *rest)
+        patch.setattr(module, name, noted)
+
+    inputs = {}
+    hooks = [net.get_submodule(path).register_forward_pre_hook(
+        lambda module, given, start=start, i=i: inputs.update({start: given[i].shape}))
+        for start, path, i in (("x", first, 0), ("the time embedding", first, 1),
+                               ("gated", f"{block}.block.ff.down", 0), ("its context", f"{block}.block.cross_attn", 1))]
+    with pytest.MonkeyPatch.context() as patch, recorded(net, paths) as seen:
+        spy(transformer, "attention")
+        spy(temporal, "temporal_attention")
+        net(z, t, tokens, frames=frames)
+    for hook in hooks:
+        hook.remove()
+    shapes |= {start: [tensor.shape] for start, tensor in seen.items()}
+    shapes |= {start: [shape] for start, shape in inputs.items()} | {"latent |": [z.shape]}
+
+    own, along, cross = calls[:3]                                        # of the first block
+    assert len(set(own)) == len(set(along)) == len(set(cross[1:])) == 1
+    shapes["q, k, v of [`SelfAttention`]"], shapes["q, k, v of [`TemporalAttention`]"] = [own[0]], [along[0]]
+    shapes["its scores, which"] = [(own[0][0], own[0][2], own[0][1], own[0][1])]
+    shapes["its scores |"] = [(along[0][0] // F, along[0][1], along[0][2], F, F)]
+    shapes["q of"], shapes["its k and v"] = [cross[0]], [cross[1]]
+
+    runs = [(one, one(z, t, tokens, hint, frames), hint, one.hint(hint))
+            for one, hint in ((pose, fold(skeleton)[0]), (background, latent))]
+    for start, pick in {"hint": lambda r: r[2], "is now": lambda r: r[3], "first residual": lambda r: r[1][0],
+                        "last residual": lambda r: r[1][-1]}.items():
+        shapes[start] = [pick(r).shape for r in runs]
+    assert {len(r[1]) for r in runs} == {13}
+    return shapes
 
 
-# ---- Links -----------------------------------------------------------------------------------------
+def shapes_in(line: str) -> list[str]:
+    return re.findall(r"\(B[^()]*\)", line)
 
-LINKS = sorted(set(re.findall(r"\[`?([^\]`]+)`?\]\(\.\./([^)]+)\)", TEXT)))
+
+@pytest.mark.parametrize("line", list(filter(shapes_in, ROWS)), ids=lambda line: line.split("|")[1].strip())
+def test_the_shapes_in_a_row_are_those_of_the_tensors(line):
+    (start,) = [start for start in traced() if line.startswith(f"| {start}" if len(start) > 1 else f"| {start} |")]
+    assert shapes_in(line) == [written(shape) for shape in traced()[start]]
 
 
-@pytest.mark.parametrize("symbol, target", LINKS)
-def test_every_link_leads_to_a_file_that_defines_the_symbol(symbol, target):
-    path = ROOT / target
-    assert path.exists()
-    if f"[`{symbol}`]" in TEXT:
-        defined = {node.name for node in ast.walk(ast.parse(path.read_text()))
-                   if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
-        assert symbol in defined
+def test_every_shape_that_was_traced_has_its_row():
+    assert len(traced()) == sum(bool(shapes_in(line)) for line in ROWS)
+
+
+def test_as_many_skips_are_left_as_taken():
+    left, taken = (sum(map(int, re.findall(rf"\| {word} (\d+) \|", TEXT))) for word in ("leaves", "takes"))
+    assert left == taken == len(on_meta("unet").encoder.widths_of_skips)
+    for i, level in enumerate(on_meta("unet").encoder.down):
+        assert f"leaves {len(level.res) + (level.down is not None)}" in row(f"level {i} down")
+        assert f"takes {len(on_meta('unet').up[3 - i].res)}" in row(f"level {i} up")
+
+
+# ---- Links and form ----------------------------------------------------------------------------------
+
+LINKS = sorted(set(re.findall(r"\[(`?[^\]]+`?)\]\(\.\./([^)]+)\)", TEXT)))
+
+
+def defined_in(path: Path) -> set[str]:
+    """Functions, classes, and the methods of these as Class.method."""
+    top = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    return {node.name for node in top} | {
+        f"{node.name}.{inner.name}" for node in top if isinstance(node, ast.ClassDef)
+        for inner in node.body if isinstance(inner, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("text, target", LINKS)
+def test_every_link_leads_to_a_file_that_defines_the_symbol(text, target):
+    assert (ROOT / target).exists()
+    if text.startswith("`"):
+        assert text.strip("`") in defined_in(ROOT / target)
+
+
+def test_every_link_stays_inside_the_repository():
+    assert len(re.findall(r"\]\(", TEXT)) == len(re.findall(r"\]\(\.\./[^)]+\)", TEXT))
 
 
 def test_every_chapter_has_one_exercise_with_an_answer():
     assert list(CHAPTERS) == ["Diffusion", "Layers", "Transformer", "UNet", "ControlNet"]
-    assert all(text.count("**Exercise.**") == 1 and answer(name) for name, text in CHAPTERS.items())
+    assert all(text.count("**Exercise.**") == 1 and answers(name) for name, text in CHAPTERS.items())
+
+
+def test_an_answer_is_not_given_away_before_it():
+    for name, text in CHAPTERS.items():
+        assert not re.search(rf"(?<![\d,]){re.escape(answers(name)[0])}(?!,?\d)", text.split("<details>")[0])
+
+
+def test_answers_and_formulas_are_in_a_form_that_github_renders():
+    """Blank lines around the answer's text, or its Markdown stays raw; no backslash that Markdown eats in math."""
+    assert TEXT.count("<details><summary>Answer</summary>\n\n") == TEXT.count("\n\n</details>") == len(CHAPTERS)
+    assert not re.search(r"\\[^A-Za-z]", TEXT)
+    assert TEXT.count("$") % 2 == 0
