@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from formula import build, given, model, recorded
-from torch.nn.functional import silu
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import attention, group_norm_silu
@@ -22,7 +21,7 @@ from nanodisco.unet import UNet
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
 CHAPTERS = {name: " ".join(text.split()) for name, text in           # line breaks mean nothing
-            re.findall(r"^## \d+\. (\w+)\n(.*?)(?=^## |\Z)", TEXT, re.M | re.S)}
+            re.findall(r"^## \d+\. (\w+)\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)}
 ROWS = [line for line in TEXT.splitlines() if line.startswith("|")]
 OFFICIAL = ROOT / "config" / "model" / "sd-image-variations.yaml"
 
@@ -84,8 +83,9 @@ def test_exercise_diffusion_a_small_step_forgives_what_a_jump_would_not():
     a, a_next = bars()[[first, second]].tolist()
     z, eps = torch.randn(2, 1, 4, 8, 8, dtype=torch.float64)
     right, other = (diffusion.split(out, z, a, "epsilon") for out in (eps, eps + wrong))
-    says("Diffusion", f"from $t = {first}$ to {second}", f"{a:.5g} and {a_next:.5g}",
-         f"= {(right[0] - other[0]).abs().mean():.3g},")
+    says("Diffusion", f"first of 50 DDIM steps goes from $t = {first}$ to {second}", f"{a:.5g} and {a_next:.5g}",
+         f"is wrong by {wrong}.", f"by ${wrong} \\sqrt{{(1 - a)/a}}$ = {(right[0] - other[0]).abs().mean():.3g},")
+    assert set(re.findall(r"[za]_\{(\d+)\}", CHAPTERS["Diffusion"])) == {str(second)}
     right, other = (diffusion.ddim_step(*both, a, a_next) for both in (right, other))
     assert [f"{(right - other).abs().mean():.3g}"] == answers("Diffusion")
 
@@ -113,6 +113,10 @@ def test_exercise_transformer_self_attention_grows_nearly_as_the_square_of_the_p
     grown = sum(after.values()) / sum(before.values())
     assert [f"{grown:.3g}"] == answers("Transformer")
     scores = before["aten.bmm"]
+    length, width = small.shape[1:]
+    assert sum(before.values()) - scores == 4 * length * width ** 2 and scores == 2 * length ** 2 * width
+    says("Transformer", "cost $4 L D^2$", "mean $2 L^2 D$", "from 256 × 256 to 512 × 512",
+         f"From L = {length} to {large.shape[1]}", f"it meets {tokens.shape[1]} tokens")
     says("Transformer", f"{(sum(before.values()) - scores) / 1e9:.3f} billion, grows by 4",
          f"{scores / 1e9:.3f} billion, by 16",
          f"{sum(before.values()) / 1e9:.3f} to {sum(after.values()) / 1e9:.3f} billion")
@@ -124,7 +128,9 @@ def test_exercise_transformer_self_attention_grows_nearly_as_the_square_of_the_p
 def test_exercise_unet_channels_that_the_first_resblock_of_the_finest_level_reads():
     widths = [res.conv1.in_channels for res in on_meta("unet").up[-1].res]
     assert [str(widths[0])] == answers("UNet")
-    says("UNet", "read {}, {} and {}".format(*widths), f"hands up {on_meta('unet').up[-2].up.conv.out_channels}")
+    below = on_meta("unet").up[-2].up.conv.out_channels
+    says("UNet", "read {}, {} and {}".format(*widths),
+         f"hands up {below}, the newest skip of the finest level has {widths[0] - below}: ")
 
 
 def test_exercise_controlnet_what_learns_in_which_step():
@@ -145,9 +151,12 @@ def test_exercise_controlnet_what_learns_in_which_step():
     assert steps[2] == everything
     counted = size(*zero_convolutions(on_meta("pose")))
     assert [f"{counted:,}", str(len(steps))] == answers("ControlNet")
-    says("ControlNet", f"about {100 * counted / size(on_meta('pose')):.1f} %")
-    widths = on_meta("pose").encoder.widths_of_skips
-    assert [widths.count(w) for w in (320, 640, 1280)] == [4, 3, 5]      # four skips …, three …, five …
+    says("ControlNet", f"about {100 * counted / size(on_meta('pose')):.1f} %", f"its {size(on_meta('pose')):,} values",
+         f"the {len(zero_convolutions(on_meta('pose')))} zero convolutions",
+         "four skips of 320 channels, three of 640, five of 1280, and the middle's 1280",
+         "open in step 1, the one at the end of the hint in step 2, and in step **3**")
+    widths = [zero.out_channels for zero in zero_convolutions(on_meta("pose"))]
+    assert [widths[:-1].count(w) for w in (320, 640, 1280)] == [4, 3, 5] and widths[-1] == 1280
 
 
 # ---- The other numbers -----------------------------------------------------------------------------
@@ -157,13 +166,15 @@ def test_exercise_controlnet_what_learns_in_which_step():
 def test_the_table_of_the_schedule_is_right(start, values):
     written = [cell.strip() for cell in row(start).split("|")[2:-1]]
     digits = [len(cell.replace(".", "").lstrip("0")) for cell in written]
-    exact = values(bars().double())[[0, 250, 500, 750, 999]].tolist()
+    steps = [int(cell) for cell in row("t |").split("|")[2:-1]]
+    exact = values(bars().double())[steps].tolist()
     assert written == [f"{x:#.{n}g}".rstrip(".") for x, n in zip(exact, digits)]
 
 
 def test_the_ends_of_the_schedule_are_as_written():
     last, first = bars()[-1].sqrt(), bars()[0]
-    says("Diffusion", f"factor of {last:.4f}", f"$a_0$ = {first:.5f}", f"{(1 - first).sqrt():.4f} of its amplitude")
+    says("Diffusion", f"at $t = {len(bars()) - 1}$ the clean latent is still there with a factor of {last:.4f}",
+         f"$a_0$ = {first:.5f}, not at 1.", f"{(1 - first).sqrt():.4f} of its amplitude")
 
 
 @pytest.mark.parametrize("scheduler, ending", [("ddim", " of 50"), ("ddpm", ".")])
@@ -190,10 +201,11 @@ def test_the_latent_is_as_much_smaller_than_the_picture_as_written():
 
 def test_the_clocks_of_the_time_turn_as_fast_as_written():
     hands = full_size().unet.widths[0] // 2
-    says("Layers", f"t f_{{{hands - 1}}}", f"10000^{{-i/{hands}}}", f"these {2 * hands} features")
+    says("Layers", f"\\cos(t f_{{{hands - 1}}}", f"\\sin(t f_{{{hands - 1}}}", f"10000^{{-i/{hands}}}",
+         f"these {2 * hands} features")
     sines = time_features(torch.tensor([2 * torch.pi, 999.0]), 2 * hands)[:, hands:]
     assert sines[0, 0].abs() < 1e-5                                      # the first is round once
-    says("Layers", f"every {2 * torch.pi:.2f} steps", f"turns by {sines[1, -1].asin():.3f} radians")
+    says("Layers", f"every {2 * torch.pi:.2f} steps", f"turns by {sines[1, -1].asin():.3f} radians in all 999")
 
 
 def test_a_time_that_is_the_same_for_all_channels_of_a_group_has_no_effect():
@@ -239,7 +251,7 @@ def test_attention_along_frames_does_not_know_their_order():
 
 def test_tokens_of_zero_are_looked_at_evenly_and_leave_only_the_bias():
     tokens = full_size().clip.tokens
-    says("Transformer", f"{tokens} tokens that are all zero", f"every weight 1/{tokens}")
+    says("Transformer", f"pixels to the {tokens} tokens", f"{tokens} tokens that are all zero", f"weight 1/{tokens}")
     marks = torch.eye(tokens)[None, :, None]                             # values that show the weights
     weights = attention(torch.randn(1, 1, 1, tokens), torch.zeros(1, tokens, 1, tokens), marks)
     torch.testing.assert_close(weights, torch.full_like(weights, 1 / tokens))
@@ -263,15 +275,17 @@ def test_the_table_of_the_two_nets_is_right(column, kind):
     net = on_meta(kind)
     convolutions = sum(isinstance(m, torch.nn.Conv2d) for m in net.hint.modules())
     assert f"{ {1: 'one', 8: 'eight'}[convolutions]} convolution" in cells["goes"]
-    assert cells["residuals"].split(":")[0] == str(len(net.zero_skips) + 1)
+    skips = len(net.zero_skips)
+    assert cells["residuals"] in (f"{skips + 1}", f"{skips + 1}: {skips} for the skips, 1 for the middle")
     assert cells["values"] == f"{size(net):,}"
 
 
 def test_the_letters_have_the_written_values():
-    unet, clip = full_size().unet, full_size().clip
+    unet, clip, latent = full_size().unet, full_size().clip, 256 // full_size().vae.factor
     width, context = unet.widths[0], clip.tokens
     for start, written in {"C": f"{unet.channels} in a latent; {', '.join(map(str, unet.widths))} in the levels",
-                           "L, M": f"{32 * 32} at the finest level, {context}",
+                           "H W, h w": f"256 × 256, {latent} × {latent}",
+                           "L, M": f"{latent ** 2} at the finest level, {context}",
                            "D, N, K": f"{width}, {unet.heads}, {width // unet.heads} at",
                            "E": str(on_meta("unet").encoder.time.linear2.out_features)}.items():
         assert f"| {written}" in row(f"{start} |")
@@ -326,6 +340,9 @@ def traced() -> dict[str, list]:
         net(z, t, tokens, frames=frames)
     for hook in hooks:
         hook.remove()
+    res, mid = net.get_submodule(first), seen["middle"].shape
+    says("Layers", f"`ResBlock`](../nanodisco/layers.py), {res.conv1.in_channels} → {res.conv1.out_channels} |")
+    says("UNet", "goes down to where {} × {} places".format(*mid[2:]))
     shapes |= {start: [tensor.shape] for start, tensor in seen.items()}
     shapes |= {start: [shape] for start, shape in inputs.items()} | {"latent |": [z.shape]}
 
@@ -346,13 +363,15 @@ def traced() -> dict[str, list]:
 
 
 def shapes_in(line: str) -> list[str]:
-    return re.findall(r"\(B[^()]*\)", line)
+    """With the number of such tensors before it, if there is one."""
+    return re.findall(r"(?:\d × )?\(B[^()]*\)", line)
 
 
 @pytest.mark.parametrize("line", list(filter(shapes_in, ROWS)), ids=lambda line: line.split("|")[1].strip())
 def test_the_shapes_in_a_row_are_those_of_the_tensors(line):
     (start,) = [start for start in traced() if line.startswith(f"| {start}" if len(start) > 1 else f"| {start} |")]
-    assert shapes_in(line) == [written(shape) for shape in traced()[start]]
+    count = {"q, k, v": "3 × ", "its k a": "2 × "}.get(start[:7], "")
+    assert shapes_in(line) == [count + written(shape) for shape in traced()[start]]
 
 
 def test_every_shape_that_was_traced_has_its_row():
