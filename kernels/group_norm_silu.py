@@ -12,9 +12,12 @@ from torch.nn.functional import group_norm, silu as silu_function
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float,
                     frames: int = 1, silu: bool = True, shift: Tensor | None = None) -> Tensor:
-    """x (B*F, C, H, W), weight and bias (C,), shift (B*F, C) added to x first -> (B*F, C, H, W)"""
+    """x (B*F, C, H, W), weight and bias (C,) -> (B*F, C, H, W)
+
+    shift (R, C) is added to x first, each row to B*F/R adjacent pictures.
+    """
     if shift is not None:
-        x = x + shift[:, :, None, None]
+        x = x + shift.repeat_interleave(len(x) // len(shift), dim=0)[:, :, None, None]
     if frames > 1:
         clips = x.unflatten(0, (-1, frames)).transpose(1, 2)             # (B, C, F, H, W)
         y = group_norm(clips, groups, weight, bias, eps).transpose(1, 2).reshape(x.shape)

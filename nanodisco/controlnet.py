@@ -13,6 +13,8 @@ from torch.nn.functional import silu
 
 from nanodisco.config import ControlNetConfig, UNetConfig
 from nanodisco.layers import ZeroConv2d
+from nanodisco.memo import Memo
+from nanodisco.transformer import Context
 from nanodisco.unet import Encoder
 
 
@@ -65,16 +67,16 @@ class ControlNet(nn.Module):
         self.zero_skips = nn.ModuleList(ZeroConv2d(c, c, 1) for c in self.encoder.widths_of_skips)
         self.zero_mid = ZeroConv2d(unet.widths[-1], unet.widths[-1], 1)
 
-    def forward(self, z: Tensor, t: Tensor, tokens: Tensor, hint: Tensor, frames: int = 1,
+    def forward(self, z: Tensor, t: Tensor | Memo, tokens: Tensor | Context, hint: Tensor | Memo, frames: int = 1,
                 scale: float = 1.0) -> list[Tensor]:
-        """z (B*F, C, h, w), t (B,), tokens (B, M, context), hint (B*F or B, channels, H, W)
+        """z (B*F, C, h, w), t (B,) or (1,), tokens (B, M, context), hint (B*F, B or 1, channels, H, W)
         -> one residual (B*F, …) for each skip, then one for the middle, all times `scale`
 
-        A hint of B pictures for B clips is shown to every frame.
+        Fewer hints than pictures: each is shown to the same number of adjacent ones.
         """
-        h = self.hint(hint)                                              # (B*F or B, widths[0], h, w)
-        if len(h) != len(z):
-            h = h.repeat_interleave(frames, dim=0)
+        h = Memo.of(hint).through(self.hint)                                # (B*F, B or 1, widths[0], h, w)
+        if 1 < len(h) < len(z):
+            h = h.repeat_interleave(len(z) // len(h), dim=0)
         skips, mid, _ = self.encoder(z, t, tokens, frames, hint=h)
         residuals = [zero(skip) for zero, skip in zip(self.zero_skips, skips)] + [self.zero_mid(mid)]
         return residuals if scale == 1.0 else [scale * residual for residual in residuals]

@@ -18,17 +18,19 @@ from nanodisco import diffusion
 from nanodisco.clip import ImageEncoder
 from nanodisco.config import ModelConfig
 from nanodisco.controlnet import ControlNet
+from nanodisco.memo import Memo
 from nanodisco.temporal import fold, unfold
+from nanodisco.transformer import Context
 from nanodisco.unet import UNet
 from nanodisco.vae import VAE
 
 
 @dataclass
 class Conditions:
-    """What the networks are shown."""
-    tokens: Tensor                     # (B, M, context), of the reference
-    pose: Tensor | None = None         # (B, 3, [F,] H, W) in [0, 1]
-    background: Tensor | None = None   # (B, C, h, w) latent, or (B, 3, H, W) in [-1, 1] for a pixel hint
+    """What the networks are shown. Memos (frames of a clip folded) keep what the networks make of them."""
+    tokens: Tensor | Context           # (B, M, context), of the reference
+    pose: Tensor | Memo | None = None  # (B, 3, [F,] H, W) in [0, 1]
+    background: Tensor | Memo | None = None    # (B, C, h, w) latent, or (B, 3, H, W) in [-1, 1] for a pixel hint
 
 
 @dataclass
@@ -79,7 +81,16 @@ class DisCo(nn.Module):
 
     def alpha_bars(self) -> Tensor:
         """The noise schedule.   (steps,) float32 on the model's device"""
-        return diffusion.alpha_bars(self.config.diffusion).to(self.unet.conv_out.weight.device)
+        return diffusion.alpha_bars(self.config.diffusion).to(self.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.unet.norm_out.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.norm_out.weight.device
 
     def conditions(self, reference: Tensor, background: Tensor | None, pose: Tensor | None,
                    noise: Tensor | None = None) -> Conditions:
@@ -98,25 +109,26 @@ class DisCo(nn.Module):
         """
         if self.config.uncond == "zeros" or self.config.tokens == "global":
             return torch.zeros_like(tokens)
-        size, weight = self.config.clip.image_size, self.clip.vision.conv1.weight
+        size, weight = self.config.clip.image_size, self.clip.vision.ln_pre.weight
         return self.clip(weight.new_zeros(1, 3, size, size)).to(tokens.dtype).expand_as(tokens)
 
-    def forward(self, zt: Tensor, t: Tensor, conditions: Conditions,
+    def forward(self, zt: Tensor, t: Tensor | Memo, conditions: Conditions,
                 pose_scale: float = 1.0, background_scale: float = 1.0) -> Tensor:
-        """eps or v.   zt (B, C, h, w) or (B, C, F, h, w), t (B,) -> the shape and dtype of zt
+        """eps or v.   zt (B, C, h, w) or (B, C, F, h, w), t (B,) or (1,) -> the shape and dtype of zt
 
-        The networks compute in the dtype of their weights, whatever that of zt is.
+        The networks compute in the dtype of their weights, whatever that of zt is. With a Context of two
+        halves the answer has both, the unconditional one first.
         """
-        dtype = self.unet.conv_out.weight.dtype
-        z, frames = fold(zt.to(dtype))
-        tokens = conditions.tokens.to(dtype)
+        z, frames = fold(zt.to(self.dtype))
+        tokens, pose, background = (x.to(self.dtype) if isinstance(x, Tensor) else x
+                                    for x in (conditions.tokens, conditions.pose, conditions.background))
         residuals = None
         if self.pose is not None:
-            assert conditions.pose is not None, "this model has a pose net; it needs a pose"
-            residuals = self.pose(z, t, tokens, fold(conditions.pose.to(dtype))[0], frames, pose_scale)
+            assert pose is not None, "this model has a pose net; it needs a pose"
+            residuals = self.pose(z, t, tokens, pose if isinstance(pose, Memo) else fold(pose)[0], frames, pose_scale)
         if self.background is not None:
-            assert conditions.background is not None, "this model has a background net; it needs a background"
-            more = self.background(z, t, tokens, conditions.background.to(dtype), frames, background_scale)
+            assert background is not None, "this model has a background net; it needs a background"
+            more = self.background(z, t, tokens, background, frames, background_scale)
             residuals = more if residuals is None else [a + b for a, b in zip(residuals, more)]
         out = self.unet(z, t, tokens, residuals, frames).to(zt.dtype)
         return unfold(out, frames) if zt.ndim == 5 else out

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, silu
 
 from kernels import group_norm_silu
+from nanodisco.memo import Memo
 from nanodisco.temporal import TemporalConv
 
 
@@ -37,7 +38,7 @@ class TimeEmbedding(nn.Module):
         self.linear2 = nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:                              # (B,) -> (B, E)
-        x = time_features(t, self.features).to(self.linear1.weight.dtype)
+        x = time_features(t, self.features).to(self.linear1.bias.dtype)
         return self.linear2(silu(self.linear1(x)))
 
 
@@ -67,10 +68,10 @@ class ResBlock(nn.Module):
         self.temporal = TemporalConv(c_out, groups, eps) if temporal else None
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x: Tensor, emb: Tensor | None = None, frames: int = 1) -> Tensor:
-        # (B*F, C_in, H, W), silu of the time embedding (B*F, E) -> (B*F, C_out, H, W)
+    def forward(self, x: Tensor, emb: Memo | None = None, frames: int = 1) -> Tensor:
+        # (B*F, C_in, H, W), silu of the time embedding (B or 1, E) -> (B*F, C_out, H, W)
         h = self.conv1(self.norm1(x, frames))
-        shift = self.time(emb) if self.time is not None else None        # (B*F, C_out)
+        shift = emb.through(self.time) if emb is not None else None      # (B or 1, C_out)
         h = self.conv2(self.norm2(h, frames, shift))
         if self.temporal is not None:
             h = h + self.temporal(h, frames)

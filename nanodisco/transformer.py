@@ -8,10 +8,38 @@ From Stable Diffusion (arXiv:2112.10752, section 3.3). Shapes: L pixels, M token
 width, N heads, K = D/N. Official names: `Transformer2DModel`, `BasicTransformerBlock`, `attn1`
 (self), `attn2` (cross), `tem_attn`; `to_q`, `to_k`, `to_v` are packed here into one matrix.
 """
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor, nn
 
 from kernels import attention, geglu
+from nanodisco.memo import Memo
 from nanodisco.temporal import TemporalAttention
+
+
+@dataclass
+class Context:
+    """What cross-attention looks at.
+
+    Under classifier-free guidance both halves are the same pictures until the first cross-attention:
+    so the networks may be given one half, and it becomes `rows` there, the unconditional half first.
+    Without a bias in K and V, tokens of zeros add nothing but the output's bias: rows that have only
+    those are `blind` and skip the work.
+    """
+    tokens: Memo                       # (R, M, context): R references, each of the same number of adjacent rows
+    rows: int = 0                      # pictures from the first cross-attention on; 0: as many as there are
+    blind: int = 0                     # the first so many of them see no tokens
+
+    @classmethod
+    def of(cls, tokens: "Tensor | Context") -> "Context":
+        """Plain tokens as a Context that keeps nothing; a Context as it is."""
+        return tokens if isinstance(tokens, Context) else cls(Memo(tokens))
+
+
+def rows_like(x: Tensor, y: Tensor) -> Tensor:
+    """x, repeated for both halves if y has them and x was made before they parted."""
+    return x if len(x) == len(y) else x.repeat(len(y) // len(x), *[1] * (x.ndim - 1))
 
 
 class SelfAttention(nn.Module):
@@ -41,9 +69,9 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(context, 2 * width, bias=False)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        q = self.q(x).view(len(tokens), -1, self.heads, x.shape[-1] // self.heads)      # (B, F*L, N, K)
-        k, v = self.kv(tokens).unflatten(-1, (2, self.heads, -1)).unbind(2)             # 2 x (B, M, N, K)
+    def forward(self, x: Tensor, tokens: Tensor | Memo) -> Tensor:
+        k, v = Memo.of(tokens).through(self.kv).unflatten(-1, (2, self.heads, -1)).unbind(2)     # 2 x (B, M, N, K)
+        q = self.q(x).view(len(k), -1, self.heads, k.shape[-1])                         # (B, F*L, N, K)
         return self.out(attention(q, k, v).view(x.shape))
 
 
@@ -75,13 +103,20 @@ class TransformerBlock(nn.Module):
         # is kept, untrained, so that the official checkpoints come back out as they went in.
         self.unused_norm = nn.LayerNorm(width).requires_grad_(False) if temporal else None
 
-    def forward(self, h: Tensor, tokens: Tensor, frames: int) -> Tensor:
-        # (B*F, L, D), (B, M, context) -> (B*F, L, D)
+    def forward(self, h: Tensor, context: Context, frames: int) -> Tensor:
+        # (B*F, L, D) -> (B*F or context.rows, L, D)
         h = h + self.self_attn(self.norm1(h))
         if self.temporal is not None:
             h = h + self.temporal(self.norm2(h), frames)
-        h = h + self.cross_attn(self.norm2(h), tokens)
+        h = self._look_at_tokens(h, context)
         return h + self.ff(self.norm3(h))
+
+    def _look_at_tokens(self, h: Tensor, context: Context) -> Tensor:
+        if 0 < len(h) < context.rows:
+            h = h.repeat(context.rows // len(h), 1, 1)
+        blind, seeing = h[:context.blind], h[context.blind:]
+        seeing = seeing + self.cross_attn(self.norm2(seeing), context.tokens)
+        return torch.cat([blind + self.cross_attn.out.bias, seeing]) if context.blind else seeing
 
 
 class SpatialTransformer(nn.Module):
@@ -97,7 +132,7 @@ class SpatialTransformer(nn.Module):
         self.block = TransformerBlock(channels, heads, context, temporal)
         self.proj_out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, tokens: Tensor, frames: int = 1) -> Tensor:
+    def forward(self, x: Tensor, context: Context, frames: int = 1) -> Tensor:
         h = self.norm(x).flatten(2).transpose(1, 2)                      # (B*F, L, C)
-        h = self.proj_out(self.block(self.proj_in(h), tokens, frames))
-        return x + h.transpose(1, 2).reshape(x.shape)                    # (B*F, C, H, W)
+        h = self.proj_out(self.block(self.proj_in(h), context, frames))
+        return rows_like(x, h) + h.transpose(1, 2).unflatten(2, x.shape[2:])     # (B*F, C, H, W)

@@ -14,7 +14,8 @@ from torch.nn.functional import silu
 
 from nanodisco.config import UNetConfig
 from nanodisco.layers import Down, GroupNormSiLU, ResBlock, TimeEmbedding, Up
-from nanodisco.transformer import SpatialTransformer
+from nanodisco.memo import Memo
+from nanodisco.transformer import Context, SpatialTransformer, rows_like
 
 EPS = 1e-5                             # of the norms in ResBlocks and before conv_out
 
@@ -32,7 +33,7 @@ class Level(nn.Module):
                                   for _ in inputs) if attention else None
         self.down, self.up = down, up
 
-    def step(self, i: int, h: Tensor, emb: Tensor, tokens: Tensor, frames: int) -> Tensor:
+    def step(self, i: int, h: Tensor, emb: Memo, tokens: Context, frames: int) -> Tensor:
         """The i-th ResBlock and its transformer.   (B*F, inputs[i], h, w) -> (B*F, width, h, w)"""
         h = self.res[i](h, emb, frames)
         return h if self.attn is None else self.attn[i](h, tokens, frames)
@@ -48,7 +49,7 @@ class Middle(nn.Module):
                                  for _ in range(2))
         self.attn = nn.ModuleList([SpatialTransformer(width, c.heads, c.context, c.groups, c.temporal)])
 
-    def forward(self, h: Tensor, emb: Tensor, tokens: Tensor, frames: int) -> Tensor:
+    def forward(self, h: Tensor, emb: Memo, tokens: Context, frames: int) -> Tensor:
         h = self.attn[0](self.res[0](h, emb, frames), tokens, frames)
         return self.res[1](h, emb, frames)
 
@@ -74,12 +75,16 @@ class Encoder(nn.Module):
             self.widths_of_skips += [width] * (config.layers + (down is not None))
         self.mid = Middle(config)
 
-    def forward(self, z: Tensor, t: Tensor, tokens: Tensor, frames: int = 1,
-                hint: Tensor | None = None) -> tuple[list[Tensor], Tensor, Tensor]:
-        """z (B*F, C, h, w), t (B,), tokens (B, M, context), hint (B*F, widths[0], h, w) added after conv_in
-        -> skips, middle (B*F, widths[-1], h', w'), silu of the time embedding (B*F, E)
+    def embed(self, t: Tensor) -> Tensor:
+        """What every ResBlock is told about the step.   (B,) -> (B, E)"""
+        return silu(self.time(t))
+
+    def forward(self, z: Tensor, t: Tensor | Memo, tokens: Tensor | Context, frames: int = 1,
+                hint: Tensor | None = None) -> tuple[list[Tensor], Tensor, Memo]:
+        """z (B*F, C, h, w), t (B,) or (1,) for all, tokens (B, M, context), hint (B*F, widths[0], h, w) added
+        after conv_in -> skips, middle (B*F, widths[-1], h', w'), what `embed` makes of t
         """
-        emb = silu(self.time(t)).repeat_interleave(frames, dim=0)        # (B*F, E)
+        emb, tokens = Memo.of(t).then(self.embed), Context.of(tokens)
         h = self.conv_in(z)
         if hint is not None:
             h = h + hint
@@ -112,13 +117,14 @@ class UNet(nn.Module):
         self.norm_out = GroupNormSiLU(config.groups, widths[0], EPS)
         self.conv_out = nn.Conv2d(widths[0], config.channels, 3, padding=1)
 
-    def forward(self, z: Tensor, t: Tensor, tokens: Tensor, residuals: list[Tensor] | None = None,
+    def forward(self, z: Tensor, t: Tensor | Memo, tokens: Tensor | Context, residuals: list[Tensor] | None = None,
                 frames: int = 1) -> Tensor:
-        """z (B*F, C, h, w), t (B,), tokens (B, M, context) -> (B*F, C, h, w)
+        """z (B*F, C, h, w), t (B,) or (1,), tokens (B, M, context) -> (B*F, C, h, w)
 
         `residuals` of ControlNets, one for each skip and one for the middle, are added after the way
         down has run: the encoder itself never sees them.
         """
+        tokens = Context.of(tokens)
         skips, h, emb = self.encoder(z, t, tokens, frames)
         if residuals is not None:
             *to_skips, to_middle = residuals
@@ -127,7 +133,7 @@ class UNet(nn.Module):
             h = h + to_middle
         for level in self.up:
             for i in range(len(level.res)):
-                h = level.step(i, torch.cat([h, skips.pop()], dim=1), emb, tokens, frames)
+                h = level.step(i, torch.cat([h, rows_like(skips.pop(), h)], dim=1), emb, tokens, frames)
             if level.up is not None:
                 h = level.up(h, skips[-1].shape[2:])
         return self.conv_out(self.norm_out(h, frames))

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from nanodisco import diffusion
 from nanodisco.disco import Batch, Conditions, DisCo, hide_pose
-from nanodisco.sampling import guided
+from nanodisco.sampling import Guided
 
 
 def shown(**changes):
@@ -58,10 +58,11 @@ def test_all_of_a_step_runs_under_autocast_and_its_loss_is_float32():
 def test_guidance_of_one_is_the_plain_network_and_of_zero_the_unconditional_one():
     net, t = model("image"), given("timesteps")
     uncond = torch.zeros_like(given("tokens"))
+    one, two = (Guided(net, given("tokens"), given("bg_latents"), uncond, guidance, cache=False)(given("pose"))
+                for guidance in (1.0, 2.0))
     with torch.no_grad():
-        assert torch.equal(guided(net, shown(), uncond, 1.0)(given("latents"), t), answer(net))
-        two = guided(net, shown(), uncond, 2.0)(given("latents"), t)
-        assert_close(two, 2 * answer(net) - answer(net, shown(tokens=uncond)), rtol=1e-4, atol=1e-5)
+        assert torch.equal(one(given("latents"), t), answer(net))
+        assert_close(two(given("latents"), t), 2 * answer(net) - answer(net, shown(tokens=uncond)), rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_with_a_pose_net_says_so_when_there_is_no_pose():

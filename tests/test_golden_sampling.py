@@ -9,7 +9,7 @@ from formula import RUN, assert_all_close, assert_close, given, golden, model
 
 from nanodisco import diffusion
 from nanodisco.config import DiffusionConfig
-from nanodisco.sampling import guided, sample, timesteps
+from nanodisco.sampling import Guided, sample, timesteps
 from nanodisco.temporal import fold, unfold
 
 RUNS = golden("image/end_to_end.safetensors")
@@ -57,23 +57,29 @@ TEMPORAL_RUNS = {
 
 @cache
 @torch.no_grad()
-def walk(run: Run):
+def walk(run: Run, caching: bool = True):
     """-> its steps, and the picture (B*F, 3, H, W) before clamping and after"""
     net = model(run.variant, uncond=run.uncond, tokens=run.tokens)
     video = "t_" if run.variant == "temporal" else ""
     conditions = net.conditions(given("clip_image"), given("background"),
                                 None if run.variant == "stage1" else given(f"{video}pose"),
                                 given("posterior_noise_background") if run.posterior else None)
-    predict = guided(net, conditions, net.unconditional_tokens(conditions.tokens), run.guidance, *run.scales)
+    uncond = net.unconditional_tokens(conditions.tokens)
+    guided = Guided(net, conditions.tokens, conditions.background, uncond, run.guidance, *run.scales, cache=caching)
+    predict = guided(conditions.pose)
     steps = list(sample(predict, given(f"{video}init_latents"), net.alpha_bars(), run.scheduler, run.steps,
                         noise=lambda i: given("ddpm_noise")[i]))
     z, _ = fold(steps[-1].z)
     return steps, net.vae.decode(z / net.vae.scaling), net.vae.to_picture(z)
 
 
+CACHING = pytest.mark.parametrize("caching", [True, False], ids=["cache", "no-cache"])
+
+
+@CACHING
 @pytest.mark.parametrize("name", IMAGE_RUNS)
-def test_image_run_takes_the_official_path_to_the_official_picture(name):
-    steps, decoded, picture = walk(IMAGE_RUNS[name])
+def test_image_run_takes_the_official_path_to_the_official_picture(name, caching):
+    steps, decoded, picture = walk(IMAGE_RUNS[name], caching)
     wanted = {key.partition(".")[2]: x for key, x in RUNS.items() if key.startswith(name + ".")}
     assert [step.t for step in steps] == wanted.pop("timesteps").tolist()
     got = {"trajectory": torch.stack([step.z for step in steps]), "decoded_unclamped": decoded, "image": picture}
@@ -84,15 +90,18 @@ def test_every_golden_image_run_is_walked():
     assert {key.partition(".")[0] for key in RUNS} == IMAGE_RUNS.keys()
 
 
+@CACHING
 @pytest.mark.parametrize("name", STAGE1_RUNS)
-def test_stage1_run_ends_at_the_official_picture(name):
-    steps, decoded, _ = walk(STAGE1_RUNS[name])
+def test_stage1_run_ends_at_the_official_picture(name, caching):
+    steps, decoded, _ = walk(STAGE1_RUNS[name], caching)
     assert_all_close({f"{name}.final_latents": steps[-1].z, f"{name}.decoded_unclamped": decoded}, STAGE1, RUN)
 
 
+@CACHING
 @pytest.mark.parametrize("name", TEMPORAL_RUNS)
-def test_temporal_run_takes_the_official_path_to_the_official_clip(name):
-    steps, decoded, clip = (x if isinstance(x, list) else unfold(x, frames=4) for x in walk(TEMPORAL_RUNS[name]))
+def test_temporal_run_takes_the_official_path_to_the_official_clip(name, caching):
+    steps, decoded, clip = (x if isinstance(x, list) else unfold(x, frames=4)
+                            for x in walk(TEMPORAL_RUNS[name], caching))
     assert_all_close({f"{name}.trajectory": torch.stack([step.z for step in steps]),
                       f"{name}.decoded_unclamped_batch0": decoded[:1],
                       f"{name}.clip_batch1_stride4": clip[1:, :, :, ::4, ::4]}, TEMPORAL, RUN)

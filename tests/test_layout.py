@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 ROWS = [                               # a file imports only from rows above its own; the order to read them in, too
     ["kernels"],
     ["errors"],
-    ["config", "files", "names", "temporal", "unpickle"],
+    ["config", "files", "memo", "names", "temporal", "unpickle"],
     ["diffusion", "layers", "sizes", "transformer"],
     ["clip", "vae", "weights"],
     ["unet"],

@@ -1,0 +1,39 @@
+"""Memo: what layers make of an input that does not change from step to step, made once.
+
+Sampling calls the networks fifty times with the same tokens, the same pose picture and the same
+background, and every frame goes through the same steps. So all that depends on these alone (keys and
+values of cross-attention, the hint's convolutions, the projections of the time embedding) can be kept.
+Training makes it anew each time: the layers themselves change.
+
+    tokens = Memo(tokens, keep=True)
+    k_v = tokens.through(layer)        # layer(tokens) at the first call, the same tensor afterwards
+"""
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+class Memo:
+    """A tensor and, if `keep`, what layers made of it."""
+
+    def __init__(self, x: Tensor, keep: bool = False):
+        self.x, self.keep = x, keep
+        self._made: dict[Callable, Memo] = {}
+
+    @classmethod
+    def of(cls, x: "Tensor | Memo") -> "Memo":
+        """A plain tensor as a Memo that keeps nothing; a Memo as it is."""
+        return x if isinstance(x, Memo) else cls(x)
+
+    def then(self, layer: Callable[[Tensor], Tensor]) -> "Memo":
+        """layer(x) as a Memo, for layers further on."""
+        if layer in self._made:
+            return self._made[layer]
+        made = Memo(layer(self.x), self.keep)
+        if self.keep:
+            self._made[layer] = made
+        return made
+
+    def through(self, layer: Callable[[Tensor], Tensor]) -> Tensor:
+        """layer(x)."""
+        return self.then(layer).x
