@@ -2,31 +2,38 @@
 
 oneDNN multiplies with weights cut into blocks that fit the processor's registers. PyTorch hands it
 plain weights, so it blocks them anew at every call, which at the small sizes of a UNet can take longer
-than the multiplication. `prepack` swaps the layers for twins that block their weight once, at the
-first call, and drop the plain one. For inference only: a packed layer has no gradient and cannot be
-saved, and the first call decides for which size the blocks are best (any other size is right too).
+than the multiplication. `prepack` swaps the layers for twins that block their weight once. For
+inference only: a packed layer has no gradient and cannot be saved.
 
 The operations are PyTorch's own but private (torch.compile ends in them). So they are tried first,
 and where they are missing or wrong the model stays as it is.
 """
+import ctypes
+import sys
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
+ROWS, SIZE = 256, 8                    # of the input that the blocks are chosen for; measured to suit other sizes too
 
 class PackedLinear(nn.Module):
     """nn.Linear.   (..., K) -> (..., N)"""
 
-    def __init__(self, layer: nn.Linear):
+    def __init__(self, layer: nn.Linear | nn.Conv2d):
         super().__init__()
-        self.plain, self.packed = layer.weight.data, None
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.data.flatten(1), ROWS)
         self.bias = None if layer.bias is None else layer.bias.data
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is None:
-            rows = x.numel() // x.shape[-1]
-            self.packed, self.plain = torch.ops.mkldnn._reorder_linear_weight(self.plain, rows), None
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class PackedPointwise(PackedLinear):
+    """nn.Conv2d of one pixel: a linear layer over the channels.   (B, C_in, H, W) -> (B, C_out, H, W)"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
 
 
 class PackedConv2d(nn.Module):
@@ -34,17 +41,15 @@ class PackedConv2d(nn.Module):
 
     def __init__(self, layer: nn.Conv2d):
         super().__init__()
-        self.plain, self.packed = layer.weight.data, None
-        self.bias = None if layer.bias is None else layer.bias.data
         self.geometry = (layer.padding, layer.stride, layer.dilation, layer.groups)
+        plain = layer.weight.data.contiguous(memory_format=torch.channels_last)
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(
+            plain, *self.geometry, [1, layer.in_channels, SIZE, SIZE])
+        self.bias = None if layer.bias is None else layer.bias.data
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        if self.packed is None:
-            plain = self.plain.contiguous(memory_format=torch.channels_last)
-            self.packed = torch.ops.mkldnn._reorder_convolution_weight(plain, *self.geometry, list(x.shape))
-            self.plain = None
-        return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *self.geometry, "none", [], "")
+        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.geometry, "none", [], "")
 
 
 def unavailable(dtype: torch.dtype) -> str:
@@ -67,10 +72,23 @@ def unavailable(dtype: torch.dtype) -> str:
 
 
 def prepack(model: nn.Module) -> None:
-    """Swap every Conv2d and Linear inside `model` for its packed twin, in place."""
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
-                setattr(parent, name, PackedConv2d(layer))
-            elif isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward:
-                setattr(parent, name, PackedLinear(layer))
+    """Swap every Conv2d and Linear inside `model` for its packed twin, one by one, in place."""
+    for name in list(model._modules):                    # by name: a list of layers would keep all plain weights
+        layer = model._modules[name]
+        if isinstance(layer, nn.Conv2d):
+            setattr(model, name, PackedPointwise(layer) if layer.kernel_size == (1, 1) else PackedConv2d(layer))
+        elif isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward:
+            setattr(model, name, PackedLinear(layer))
+        elif layer is not None:
+            prepack(layer)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep large blocks that are freed, where the next layer needs one of the same size.
+
+    Otherwise each activation of 32 MB and more is fresh memory from the system, cleared page by page.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        mmap_max, trim_threshold = -4, -1                                # of malloc.h
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
