@@ -1,0 +1,60 @@
+"""TSV: the official program's files of many pictures, one row a picture.
+
+    NAME.tsv       key <TAB> base64 of a JPEG <LF>
+    NAME.lineidx   byte offset of each row, decimal, one a line
+"""
+import base64
+import io
+from pathlib import Path
+
+from PIL import Image
+
+from nanodisco.errors import InputError
+
+
+class Table:
+    """The rows of one TSV file, read when they are asked for."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self.offsets = self._line_index()
+            self.size = self.path.stat().st_size
+        except FileNotFoundError as error:
+            raise InputError(f"{error.filename} is not there; expected the TSV file of a data set") from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.path} cannot be read: {error}") from None
+
+    def _line_index(self) -> list[int]:
+        """From the .lineidx file, or by reading through where there is none."""
+        index = self.path.with_suffix(".lineidx")
+        if index.exists():
+            return [int(line) for line in index.read_text().split()]
+        with open(self.path, "rb") as file:
+            offsets = [0]
+            for line in file:
+                offsets.append(offsets[-1] + len(line))
+            return offsets[:-1]
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __getitem__(self, i: int) -> list[str]:
+        """The fields of row i."""
+        if not 0 <= i < len(self):
+            raise InputError(f"{self.path} has {len(self)} rows; row {i} was asked for")
+        with open(self.path, "rb") as file:
+            file.seek(self.offsets[i])
+            row = file.readline()
+        try:
+            return [field.strip() for field in row.decode("utf-8").split("\t")]
+        except UnicodeDecodeError:
+            raise InputError(f"{self.path}, row {i}: not text; the .lineidx may be of another file") from None
+
+    def picture(self, i: int, column: int = -1) -> Image.Image:
+        """The picture in row i, RGB."""
+        fields = self[i]
+        try:
+            return Image.open(io.BytesIO(base64.b64decode(fields[column], validate=True))).convert("RGB")
+        except (ValueError, IndexError, OSError):
+            raise InputError(f"{self.path}, row {i}: no picture in it; the .lineidx may be of another file") from None
