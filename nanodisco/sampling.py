@@ -3,22 +3,19 @@
 `sample` is a generator: it yields after every call of the network, so the caller can draw a progress
 bar, show a preview or stop. The formulas of the steps are in diffusion.py.
 
-    guided = Guided(model, tokens, background, uncond, guidance=1.5)
-    for step in sample(guided(pose), noise, model.alpha_bars()): ...
+    for step in sample(predict, noise, model.alpha_bars()): ...
     picture = model.vae.to_picture(step.z)
+
+`predict` is the network with its guidance, see guidance.py.
 """
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nanodisco import diffusion
-from nanodisco.disco import Conditions, DisCo
 from nanodisco.errors import InputError
-from nanodisco.memo import Memo
-from nanodisco.temporal import fold
-from nanodisco.transformer import Context
 
 Predict = Callable[[Tensor, Tensor], Tensor]      # (zt, t (B,)) -> eps or v, of zt's shape
 Noise = Callable[[int], Tensor]                   # index of the step -> fresh noise, of zt's shape
@@ -32,64 +29,6 @@ class Step:
     index: int
     t: int
     z: Tensor                          # the latent after the move
-
-
-class Guided:
-    """The network with classifier-free guidance, for one set of references and any number of pose pictures.
-
-    tokens (R, M, context) and background (R, ...) of R references, each for the same number of adjacent
-    pictures; `uncond` like tokens: what stands for no reference. Pose and background are never dropped.
-    No guidance, and half the work, at guidance <= 1.
-
-    With `cache` nothing is computed twice: keys and values of the tokens, pose and background hints and the
-    time embeddings are kept; both halves are one until the first cross-attention; tokens of zeros are not
-    attended to. `times` may be shared by all Guided of one model: the steps are the same.
-    """
-
-    def __init__(self, model: DisCo, tokens: Tensor, background: Tensor | None, uncond: Tensor, guidance: float = 1.0,
-                 pose_scale: float = 1.0, background_scale: float = 1.0, cache: bool = True,
-                 times: dict[int, Memo] | None = None):
-        self.model, self.guidance, self.cache = model, guidance, cache
-        self.scales = (pose_scale, background_scale)
-        self.times = {} if times is None else times
-        self.background = None if background is None else background.to(model.dtype)
-        self.blind = cache and guidance > 1 and not uncond.any()
-        halves = [tokens] if guidance <= 1 or self.blind else [uncond, tokens]
-        self.tokens = torch.cat(halves).to(model.dtype)
-        if cache:
-            self.tokens = Memo(self.tokens, keep=True)
-            self.background = None if background is None else Memo(self.background, keep=True)
-
-    def __call__(self, pose: Tensor | None) -> Predict:
-        """pose (B, 3, [F,] H, W) in [0, 1] -> the network for these pictures"""
-        return (self._kept if self.cache else self._plain)(None if pose is None else pose.to(self.model.dtype))
-
-    def _kept(self, pose: Tensor | None) -> Predict:
-        hint = None if pose is None else Memo(fold(pose)[0], keep=True)
-
-        def predict(zt: Tensor, t: Tensor) -> Tensor:
-            half = fold(zt)[0].shape[0]
-            context = Context(self.tokens)
-            if self.guidance > 1:
-                context = Context(self.tokens, rows=2 * half, blind=half if self.blind else 0)
-            step = self.times.setdefault(int(t[0]), Memo(t[:1], keep=True))
-            return self._answer(self.model(zt, step, Conditions(context, hint, self.background), *self.scales))
-        return predict
-
-    def _plain(self, pose: Tensor | None) -> Predict:
-        """official: both halves go through as one batch, the unconditional one first."""
-        halves = 2 if self.guidance > 1 else 1
-
-        def twice(x: Tensor | None) -> Tensor | None:
-            return None if x is None else torch.cat([x] * halves)
-
-        def predict(zt: Tensor, t: Tensor) -> Tensor:
-            shown = Conditions(self.tokens, twice(pose), twice(self.background))
-            return self._answer(self.model(twice(zt), twice(t), shown, *self.scales))
-        return predict
-
-    def _answer(self, out: Tensor) -> Tensor:
-        return out if self.guidance <= 1 else diffusion.guide(*out.chunk(2), self.guidance)
 
 
 def timesteps(scheduler: str, steps: int, of: int, zero_snr: bool = False) -> list[int]:
@@ -156,3 +95,15 @@ def _predicted(predict: Predict, z: Tensor, t: int, a: list[float], prediction: 
     """Call the network at step t.   -> (z0, eps)"""
     out = predict(z, torch.full((len(z),), t, dtype=torch.long, device=z.device))
     return diffusion.split(out, z, a[t], prediction)
+
+
+def frame_noise(seed: int, frames: Iterable[int], shape: tuple[int, ...], step: int = -1) -> Tensor:
+    """Noise that belongs to each frame, whatever batch it is made in.   shape (C, h, w) -> (F, C, h, w)
+
+    step -1: what the frame starts from; else what the sampler adds at that step.
+    """
+    noise = []
+    for frame in frames:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + frame * 1_009 + step + 1)
+        noise.append(torch.randn(shape, generator=generator))
+    return torch.stack(noise)

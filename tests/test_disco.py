@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from nanodisco import diffusion
 from nanodisco.disco import Batch, Conditions, DisCo, hide_pose
-from nanodisco.sampling import Guided
+from nanodisco.guidance import Guided
 
 
 def shown(**changes):

@@ -9,7 +9,8 @@ from formula import RUN, assert_all_close, assert_close, given, golden, model
 
 from nanodisco import diffusion
 from nanodisco.config import DiffusionConfig
-from nanodisco.sampling import Guided, sample, timesteps
+from nanodisco.guidance import Guided
+from nanodisco.sampling import sample, timesteps
 from nanodisco.temporal import fold, unfold
 
 RUNS = golden("image/end_to_end.safetensors")

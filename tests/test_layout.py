@@ -11,13 +11,13 @@ ROOT = Path(__file__).parent.parent
 ROWS = [                               # a file imports only from rows above its own; the order to read them in, too
     ["kernels"],
     ["errors"],
-    ["config", "files", "memo", "names", "temporal", "unpickle"],
-    ["diffusion", "layers", "sizes", "transformer"],
-    ["clip", "vae", "weights"],
+    ["config", "files", "memo", "names", "pose", "temporal", "transforms", "tsv", "unpickle"],
+    ["data", "diffusion", "layers", "sizes", "transformer", "video"],
+    ["clip", "inputs", "sampling", "vae", "weights"],
     ["unet"],
     ["controlnet"],
     ["disco"],
-    ["loading", "sampling"],
+    ["guidance", "loading"],
     ["convert"]]
 
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}

@@ -1,0 +1,106 @@
+"""Guidance: the networks as one function of the noisy latent and the step, with nothing computed twice.
+
+    eps = eps(z, none) + w (eps(z, reference) - eps(z, none))          (arXiv:2207.12598, eq. 6)
+
+    guided = Guided(model, tokens, background, uncond, guidance=1.5)   # once a reference
+    predict = guided(pose)                                             # once a batch of frames
+"""
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nanodisco import diffusion
+from nanodisco.disco import Conditions, DisCo
+from nanodisco.memo import Memo
+from nanodisco.temporal import fold
+from nanodisco.transformer import Context
+
+Predict = Callable[[Tensor, Tensor], Tensor]      # (zt, t (B,)) -> eps or v, of zt's shape
+
+
+class Guided:
+    """The network with classifier-free guidance, for one set of references and any number of pose pictures.
+
+    tokens (R, M, context) and background (R, ...) of R references, each for the same number of adjacent
+    pictures; `uncond` like tokens: what stands for no reference. Pose and background are never dropped.
+    No guidance, and half the work, at guidance <= 1.
+
+    With `cache` nothing is computed twice: keys and values of the tokens, pose and background hints and the
+    time embeddings are kept; both halves are one until the first cross-attention; tokens of zeros are not
+    attended to. `times` may be shared by all Guided of one model: the steps are the same.
+    """
+
+    def __init__(self, model: DisCo, tokens: Tensor, background: Tensor | None, uncond: Tensor, guidance: float = 1.0,
+                 pose_scale: float = 1.0, background_scale: float = 1.0, cache: bool = True,
+                 times: dict[int, Memo] | None = None):
+        self.model, self.guidance, self.cache = model, guidance, cache
+        self.scales = (pose_scale, background_scale)
+        self.times = {} if times is None else times
+        self.background = None if background is None else background.to(model.dtype)
+        self.blind = cache and guidance > 1 and not uncond.any()
+        halves = [tokens] if guidance <= 1 or self.blind else [uncond, tokens]
+        self.tokens = torch.cat(halves).to(model.dtype)
+        if cache:
+            self.tokens = Memo(self.tokens, keep=True)
+            self.background = None if background is None else Memo(self.background, keep=True)
+
+    def __call__(self, pose: Tensor | None) -> Predict:
+        """pose (B, 3, [F,] H, W) in [0, 1] -> the network for these pictures"""
+        return (self._kept if self.cache else self._plain)(None if pose is None else pose.to(self.model.dtype))
+
+    def _kept(self, pose: Tensor | None) -> Predict:
+        hint = None if pose is None else Memo(fold(pose)[0], keep=True)
+
+        def predict(zt: Tensor, t: Tensor) -> Tensor:
+            half = fold(zt)[0].shape[0]
+            context = Context(self.tokens)
+            if self.guidance > 1:
+                context = Context(self.tokens, rows=2 * half, blind=half if self.blind else 0)
+            step = self.times.setdefault(int(t[0]), Memo(t[:1], keep=True))
+            return self._answer(self.model(zt, step, Conditions(context, hint, self.background), *self.scales))
+        return predict
+
+    def _plain(self, pose: Tensor | None) -> Predict:
+        """official: both halves go through as one batch, the unconditional one first."""
+        halves = 2 if self.guidance > 1 else 1
+
+        def twice(x: Tensor | None) -> Tensor | None:
+            return None if x is None else torch.cat([x] * halves)
+
+        def predict(zt: Tensor, t: Tensor) -> Tensor:
+            shown = Conditions(self.tokens, twice(pose), twice(self.background))
+            return self._answer(self.model(twice(zt), twice(t), shown, *self.scales))
+        return predict
+
+    def _answer(self, out: Tensor) -> Tensor:
+        return out if self.guidance <= 1 else diffusion.guide(*out.chunk(2), self.guidance)
+
+
+def windows(frames: int, window: int, overlap: int) -> list[range]:
+    """Stretches of `window` frames that cover a track; each but the last shares `overlap` with the next."""
+    if frames <= window:
+        return [range(frames)]
+    starts = [*range(0, frames - window, window - overlap), frames - window]
+    return [range(start, start + window) for start in starts]
+
+
+def windowed(guided: Guided, pose: Callable[[range], Tensor], parts: list[range]) -> Predict:
+    """A long clip through a network of short ones: where windows overlap their answers are mixed, each
+    weighted by how far the frame lies from its window's end.   zt (1, C, F, h, w)
+
+    `pose` gives the pose pictures (1, 3, F, H, W) of a range of frames.
+    """
+    if len(parts) == 1:
+        return guided(pose(parts[0]))
+
+    def predict(zt: Tensor, t: Tensor) -> Tensor:
+        total, weights = torch.zeros_like(zt), torch.zeros(zt.shape[2], device=zt.device)
+        for part in parts:
+            near = torch.arange(1, len(part) + 1, device=zt.device)
+            weight = torch.minimum(near, near.flip(0)).float()
+            frames = slice(part.start, part.stop)
+            total[:, :, frames] += guided(pose(part))(zt[:, :, frames], t) * weight[:, None, None]
+            weights[frames] += weight
+        return total / weights[:, None, None]
+    return predict

@@ -1,0 +1,151 @@
+"""Inputs: what the user gives (a photo, a mask, a background, poses) as pictures of known kind.
+
+Every refusal is one line that says what was wrong and what to do.
+"""
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from nanodisco import pose, transforms, video
+from nanodisco.errors import InputError
+from nanodisco.tsv import Table
+
+Say = Callable[[str], None]
+
+
+def photo(path: str, mask: str | None, say: Say) -> tuple[Image.Image, Image.Image]:
+    """The reference and where the person is in it.   -> RGB, L (255 is the person)
+
+    mask: a picture; "black": the person was cut out on black; None: the picture's own alpha.
+    """
+    picture = video.picture(path)
+    if mask == "black":
+        found = transforms.not_black(picture)
+    elif mask:
+        found = video.picture(mask).convert("L")
+        if found.size != picture.size:
+            say(f"{mask} is {_size(found)}, {path} {_size(picture)}: the mask is resized")
+    elif picture.mode == "RGBA":
+        found = picture.getchannel("A")
+    else:
+        raise InputError(f"{path} does not say where the person is. Give a mask with --ref-mask MASK.png (white is the "
+                         "person), or a picture with transparency, or one cut out on black with --ref-mask black")
+    if not found.getbbox():
+        raise InputError(f"the mask of {path} ({mask or 'its alpha'}) is empty: no person in it; white is the person")
+    return picture.convert("RGB"), found
+
+
+def scene(path: str, mask: str | None, say: Say) -> tuple[Image.Image, Image.Image]:
+    """Another background and where there is a hole in it.   -> RGB, L (255 is the hole)
+
+    mask: a picture; "black": the hole is black; None: what is transparent, nothing in an opaque picture.
+    """
+    picture = video.picture(path)
+    if mask == "black":
+        hole = ImageOps.invert(transforms.not_black(picture))
+    elif mask:
+        hole = video.picture(mask).convert("L")
+        if hole.size != picture.size:
+            say(f"{mask} is {_size(hole)}, {path} {_size(picture)}: the mask is resized")
+    else:
+        hole = ImageOps.invert(picture.getchannel("A")) if picture.mode == "RGBA" else Image.new("L", picture.size)
+    return picture.convert("RGB"), hole
+
+
+class Poses:
+    """A track of pose pictures, each made when it is asked for."""
+
+    def __init__(self, names: list[str], make: Callable[[int], Image.Image]):
+        self.names, self.make = names, make
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: int) -> Image.Image:
+        return self.make(i)
+
+
+def poses(path: str, canvas: tuple[int, int], align_to: str | None, say: Say) -> Poses:
+    """A folder of pose pictures or of JSON files, one JSON file of a track, or a TSV file.
+
+    canvas: (width, height) that keypoints refer to where the file does not say. align_to: JSON of the
+    reference's own pose, which the track is moved to.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise InputError(f"{path} is not there; expected a folder of pose pictures or of JSON, a JSON or a TSV file")
+    if place.suffix.lower() == ".tsv":
+        return _of_table(Table(place), align_to)
+    pictures = video.files(place) if place.is_dir() else []
+    if pictures:
+        return _of_pictures(pictures, align_to)
+    if place.is_dir():
+        found = video.files(place, (".json",))
+        if not found:
+            raise InputError(f"{path} holds neither pictures nor JSON files; expected poses, one file a frame")
+        frames = [frame for file in found for frame in pose.read(file)]
+    elif place.suffix.lower() == ".json":
+        frames = pose.read(place)
+    else:
+        raise InputError(f"{path}: poses of a video have to be found first. Run a pose estimator on it (OpenPose or "
+                         "DWPose, JSON output) and give the folder of JSON files")
+    return _of_keypoints(frames, canvas, align_to, path, say)
+
+
+def _of_pictures(files: list[Path], align_to: str | None) -> Poses:
+    _refuse_alignment(align_to)
+    sizes: dict = {}
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                sizes.setdefault(image.size, file)
+        except OSError:
+            video.picture(file)                                          # says what is wrong with it
+    if len(sizes) > 1:
+        one, other = list(sizes.items())[:2]
+        raise InputError(f"{files[0].parent} holds poses of different sizes: {one[1].name} is {one[0][0]}x{one[0][1]}, "
+                         f"{other[1].name} {other[0][0]}x{other[0][1]}; expected one size")
+    return Poses([file.stem for file in files], lambda i: video.picture(files[i]).convert("RGB"))
+
+
+def _of_table(table: Table, align_to: str | None) -> Poses:
+    _refuse_alignment(align_to)
+    if len(table) == 0:
+        raise InputError(f"{table.path} has no rows; expected one pose a row")
+    return Poses([f"{i:06}" for i in range(len(table))], lambda i: table.picture(i, 1))
+
+
+def _of_keypoints(frames: list[pose.Frame], canvas, align_to: str | None, path: str, say: Say) -> Poses:
+    if not frames:
+        raise InputError(f"{path} holds no frames")
+    if align_to:
+        people = pose.read(align_to)[0].people
+        if not people:
+            raise InputError(f"{align_to} has nobody in it; aligning needs the reference's own pose")
+        frames = pose.align(frames, people[0])
+    empty = sum(not frame.people for frame in frames)
+    if empty:
+        say(f"{path}: nobody in {empty} of {len(frames)} frames; their pose is drawn black")
+    unknown = sum(frame.size is None for frame in frames)
+    if unknown:
+        say(f"{path} does not say how large its frames are; taken as {canvas[0]}x{canvas[1]} (--pose-size WxH)")
+
+    def make(i: int) -> Image.Image:
+        return Image.fromarray(pose.draw(frames[i].people, frames[i].size or canvas))
+    return Poses([frame.name or f"{i:06}" for i, frame in enumerate(frames)], make)
+
+
+def _refuse_alignment(align_to: str | None) -> None:
+    if align_to:
+        raise InputError("--align needs keypoints; give the poses as JSON instead of pictures")
+
+
+def picture_of(tensor) -> np.ndarray:
+    """(3, H, W) in [0, 1] -> uint8 (H, W, 3)"""
+    return transforms.to_frames(tensor[None])[0]
+
+
+def _size(picture: Image.Image) -> str:
+    return f"{picture.width}x{picture.height}"
