@@ -11,6 +11,7 @@ bar, show a preview or stop. The formulas of the steps are in diffusion.py.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,6 +105,6 @@ def frame_noise(seed: int, frames: Iterable[int], shape: tuple[int, ...], step: 
     """
     noise = []
     for frame in frames:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + frame * 1_009 + step + 1)
-        noise.append(torch.randn(shape, generator=generator))
+        state = int(np.random.SeedSequence([seed, frame, step + 1]).generate_state(1, np.uint64)[0])
+        noise.append(torch.randn(shape, generator=torch.Generator().manual_seed(state)))
     return torch.stack(noise)

@@ -1,0 +1,313 @@
+"""Dance: one run of sample.py, from pictures on disk to pictures on disk.
+
+    load the weights ─ encode reference and background once ─ for each batch of poses: sample, decode, write
+
+The picture model makes each frame by itself, batch after batch, so a track of any length streams. The
+video model makes a clip at once, in windows that overlap.
+"""
+import json
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from nanodisco import inputs, transforms, video
+from nanodisco.config import to_dict
+from nanodisco.data import Validation
+from nanodisco.disco import DisCo
+from nanodisco.errors import InputError
+from nanodisco.guidance import Guided, windowed, windows
+from nanodisco.loading import for_inference, load
+from nanodisco.sampling import frame_noise, sample
+from nanodisco.temporal import fold, unfold
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+AT_ONCE = 4                            # pictures in the VAE decoder, whose activations are the largest of all
+Say = Callable[[str], None]
+
+
+@dataclass
+class Shown:
+    """What a batch of frames is made from; `names` are those of its files."""
+    names: list[str]
+    reference: Tensor                  # (R, 3, S, S) for CLIP
+    background: Tensor                 # (R, 3, H, W) in [-1, 1]
+    pose: Tensor                       # (B, 3, H, W) in [0, 1]
+    photo: np.ndarray                  # (B or 1, H, W, 3) uint8, to show beside the result
+    target: Tensor | None = None       # (B, 3, H, W) in [-1, 1], where it is known
+
+
+def dance(given: Namespace, say: Say) -> int:
+    """Carry out what the command line asks for.   -> the number of frames made"""
+    given.device = device_of(given.device)
+    given.dtype = given.dtype or ("fp32" if given.device == "cpu" else "bf16")
+    source = Set(given, say) if given.data else Track(given, say)
+    overrides = [f"--{name}={value}" for name, value in (("tokens", given.tokens), ("uncond", given.uncond)) if value]
+    paths = [path for path in (given.sd, given.weights) if path]
+    model = load(*paths, overrides=overrides, dtype=DTYPES[given.dtype], seed=given.seed, say=say)
+    if given.cfg > 1 and not given.uncond:
+        say(f"no reference is: {model.config.uncond} (--uncond)")
+    factor = model.config.vae.factor
+    for side, pixels in (("-W", given.width), ("-H", given.height)):
+        if pixels % factor:
+            raise InputError(f"{side} {pixels}; expected a multiple of {factor}, the latent factor of these weights")
+    with torch.inference_mode():
+        return _run(for_inference(model, given.device, say), given, source)
+
+
+def device_of(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise InputError(f"--device {name} is not there; expected one of {', '.join(there)}") from error
+    return name
+
+
+# ---- What to make -------------------------------------------------------------------------------------------
+
+class Track:
+    """One reference, many poses."""
+
+    def __init__(self, given: Namespace, say: Say):
+        self.size = (given.width, given.height)
+        self.photo, self.mask = inputs.photo(given.ref, given.ref_mask, say)
+        self.binary = given.ref_mask == "black"                          # as the official demo
+        self.scene, self.hole, self.binary_hole = self.photo, self.mask, self.binary
+        if given.background:
+            self.scene, self.hole = inputs.scene(given.background, given.background_mask, say)
+            self.binary_hole = given.background_mask == "black"
+        canvas = tuple(map(int, given.pose_size.split("x"))) if given.pose_size else self.photo.size
+        self.poses = inputs.poses(given.poses, canvas, given.align, say)
+        self.length = min(given.length or len(self.poses), len(self.poses))
+
+    def shown(self, frames: range, clip_size: int) -> Shown:
+        pose = torch.stack([transforms.pose(self.poses[i], self.size) for i in frames])
+        return Shown([f"{i:06}" for i in frames],
+                     transforms.reference(self.photo, self.mask, clip_size, self.binary)[None],
+                     transforms.background(self.scene, self.hole, self.size, self.binary_hole)[None], pose,
+                     np.asarray(transforms.fill(self.photo, self.size))[None])
+
+
+class Set:
+    """Rows of a validation set, each with a reference of its own, unless --ref, --background or --poses is given."""
+
+    def __init__(self, given: Namespace, say: Say):
+        self.size, self.rows = (given.width, given.height), Validation(given.data)
+        self.photo = inputs.photo(given.ref, given.ref_mask, say) if given.ref else None
+        self.scene = inputs.scene(given.background, given.background_mask, say) if given.background else None
+        self.poses = inputs.poses(given.poses, self.size, None, say) if given.poses else None
+        count = len(self.rows) if self.poses is None else min(len(self.rows), len(self.poses))
+        self.length = min(given.length or count, count)
+
+    def shown(self, frames: range, clip_size: int) -> Shown:
+        rows = [self.rows[i] for i in frames]
+        photos = [self.photo or (row.reference, row.mask) for row in rows]
+        scenes = [self.scene or photo for photo in photos]
+        poses = [row.pose if self.poses is None else self.poses[i] for i, row in zip(frames, rows)]
+        return Shown([row.key for row in rows],
+                     torch.stack([transforms.reference(*photo, clip_size) for photo in photos]),
+                     torch.stack([transforms.background(*scene, self.size) for scene in scenes]),
+                     torch.stack([transforms.pose(pose, self.size) for pose in poses]),
+                     np.stack([np.asarray(transforms.fill(photo[0], self.size)) for photo in photos]),
+                     torch.stack([transforms.target(row.target, self.size) for row in rows]))
+
+
+# ---- Making it ------------------------------------------------------------------------------------------------
+
+def _run(model: DisCo, given: Namespace, source: Track | Set) -> int:
+    video_model = model.config.unet.temporal
+    start = Start(given, model)
+    one_reference = isinstance(source, Track)
+    size = source.length if video_model else given.batch
+    batches = [range(first, min(first + size, source.length)) for first in range(0, source.length, size)]
+    calls = given.steps + (given.scheduler == "pndm" and given.steps > 1)
+    times: dict = {}
+    guided = None
+    with Results(given, model) as results, tqdm(total=calls * len(batches), unit="step", disable=None) as bar:
+        for frames in batches:
+            shown = source.shown(frames, model.config.clip.image_size)
+            if guided is None or not one_reference:
+                guided = _guided(model, given, shown, start, times)
+            for step in _steps(model, given, guided, shown, start, frames):
+                bar.update()
+            results.write(shown, _pictures(model, fold(step.z)[0]))
+    return source.length
+
+
+def _guided(model: DisCo, given: Namespace, shown: Shown, start: "Start", times: dict) -> Guided:
+    """Encode reference and background, once for all frames of a reference."""
+    device = model.device
+    seen = model.conditions(shown.reference.to(device), shown.background.to(device, model.dtype), None,
+                            start.background_noise(len(shown.background)))
+    uncond = model.unconditional_tokens(seen.tokens)
+    return Guided(model, seen.tokens, seen.background, uncond, given.cfg, given.pose_scale, given.background_scale,
+                  cache=not given.no_cache, times=times)
+
+
+def _steps(model: DisCo, given: Namespace, guided: Guided, shown: Shown, start: "Start", frames: range) -> Iterator:
+    pose = shown.pose.to(model.device, model.dtype) if model.pose is not None else None
+    if model.config.unet.temporal:
+        parts = windows(len(frames), given.window, given.overlap)
+        predict = windowed(guided, lambda part: pose[part.start:part.stop].transpose(0, 1)[None], parts)
+    else:
+        predict = guided(pose)
+    return sample(predict, start.latents(frames), model.alpha_bars(), given.scheduler, given.steps, given.eta,
+                  model.config.diffusion.prediction, noise=lambda i: start.step_noise(frames, i))
+
+
+def _pictures(model: DisCo, z: Tensor) -> Tensor:
+    """Decode a few at a time.   (B, C, h, w) -> (B, 3, H, W) in [0, 1] on the CPU"""
+    return torch.cat([model.vae.to_picture(part.to(model.dtype)).float().cpu() for part in z.split(AT_ONCE)])
+
+
+class Start:
+    """All random numbers of a run: from the seed, or from a file."""
+
+    def __init__(self, given: Namespace, model: DisCo):
+        self.given, self.clip, self.device = given, model.config.unet.temporal, model.device
+        factor = model.config.vae.factor
+        self.shape = (model.config.vae.channels, given.height // factor, given.width // factor)
+        self.file = _latents(given.latents, self.shape) if given.latents else {}
+
+    def latents(self, frames: range) -> Tensor:
+        """(B, C, h, w), or (1, C, F, h, w) for the video model"""
+        if "latents" in self.file:
+            noise = self._of_file("latents", self.file["latents"], frames)
+        elif self.given.noise == "official":
+            generator = torch.Generator().manual_seed(self.given.seed)
+            noise = torch.randn(len(frames), *self.shape, generator=generator)
+        else:
+            shared = [0] * len(frames)
+            noise = frame_noise(self.given.seed, shared if self.given.noise == "shared" else frames, self.shape)
+        return self._placed(noise)
+
+    def step_noise(self, frames: range, step: int) -> Tensor:
+        """What the sampler adds at this step, like the latents."""
+        if "step_noise" in self.file:
+            if step >= len(self.file["step_noise"]):
+                raise InputError(f"{self.given.latents}: step_noise ends before step {step}")
+            return self._placed(self._of_file("step_noise", self.file["step_noise"][step], frames))
+        return self._placed(frame_noise(self.given.seed, frames, self.shape, step))
+
+    def background_noise(self, count: int) -> Tensor | None:
+        """For the background's posterior (R, C, h, w); None where its mean is taken."""
+        if "background_noise" in self.file:
+            return self.file["background_noise"][:1].expand(count, *self.shape).to(self.device)
+        if self.given.posterior == "mean":
+            return None
+        return frame_noise(self.given.seed, [2**31] * count, self.shape).to(self.device)
+
+    def _placed(self, noise: Tensor) -> Tensor:
+        noise = noise.to(self.device)
+        return unfold(noise, len(noise)) if self.clip else noise
+
+    def _of_file(self, name: str, noise: Tensor, frames: range) -> Tensor:
+        if frames.stop > len(noise):
+            raise InputError(f"{self.given.latents}: {name} has {len(noise)} frames; frame {frames.stop - 1} was asked for")
+        return noise[frames.start:frames.stop]
+
+
+def _latents(path: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a safetensors file ({error})") from None
+    for name, leading in (("latents", 1), ("background_noise", 1), ("step_noise", 2)):
+        if name in tensors and (tensors[name].ndim != leading + 3 or tensors[name].shape[leading:] != shape):
+            raise InputError(f"{path}: {name} is {list(tensors[name].shape)}; expected {'… x ' * leading}"
+                             f"{' x '.join(map(str, shape))}")
+    if not tensors.keys() & {"latents", "background_noise", "step_noise"}:
+        raise InputError(f"{path} holds {', '.join(tensors) or 'nothing'}; expected `latents`")
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+# ---- Writing it -----------------------------------------------------------------------------------------------
+
+class Results:
+    """The output folder. Each file in it appears whole: pictures at once, videos when the run has ended."""
+
+    def __init__(self, given: Namespace, model: DisCo):
+        self.given, self.out, self.open = given, Path(given.out), ExitStack()
+        self.official, self.temporal = given.layout == "disco", model.config.unet.temporal
+        self.writers, self.count = {}, 0
+        self.settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(given).items()}
+        self.settings |= {"versions": {name: version(name) for name in ("torch", "nanodisco")},
+                          "model": to_dict(model.config)}
+
+    def __enter__(self) -> "Results":
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / "settings.yaml").write_text(yaml.safe_dump(self.settings, sort_keys=False))
+        except OSError as error:
+            raise InputError(f"cannot write {self.out}: {error.strerror}") from None
+        formats = [] if self.official else self.given.format.split(",")
+        for name in (name for name in formats if name != "png"):
+            for what in ("video", "result"):
+                self.writers[what, name] = self.open.enter_context(video.writer(self.out / f"{what}.{name}", self.given.fps))
+        self.folder = self.out / "frames" if "png" in formats else None
+        if self.official:
+            self._official_settings()
+        return self
+
+    def __exit__(self, *error) -> bool | None:
+        return self.open.__exit__(*error)
+
+    def write(self, shown: Shown, pictures: Tensor) -> None:
+        """The frames of one batch.   pictures (B, 3, H, W) in [0, 1]"""
+        frames, poses = transforms.to_frames(pictures), transforms.to_frames(shown.pose)
+        photos = np.broadcast_to(shown.photo, frames.shape)
+        if self.official:
+            self._official(shown, frames, poses)
+        for frame, pose, photo in zip(frames, poses, photos):
+            for (what, _), write in self.writers.items():
+                write(video.side_by_side(photo, pose, frame) if what == "video" else frame)
+            if self.folder:
+                _save(self.folder / f"{self.count:06}.png", frame)
+            self.count += 1
+
+    def _official(self, shown: Shown, frames: np.ndarray, poses: np.ndarray) -> None:
+        """official: the folders of its visualising evaluation, names to the letter."""
+        given = self.given
+        folders = {"gt": transforms.to_frames(shown.target / 2 + 0.5), "cond": poses,
+                   f"pred_gs{float(given.cfg)}_scale-cond{float(given.pose_scale)}-ref{float(given.background_scale)}": frames,
+                   # official: un-normalises the reference as if it were in [-1, 1], which gives wrong colours
+                   "ref": transforms.to_frames((shown.reference / 2 + 0.5).clamp(0, 1)),
+                   "ref_control": transforms.to_frames((shown.background / 2 + 0.5).clamp(0, 1))}
+        for folder, pictures in folders.items():
+            for i, key in enumerate(shown.names):
+                _save(self.out / folder / official_name(key), pictures[min(i, len(pictures) - 1)])
+
+    def _official_settings(self) -> None:
+        given = self.given
+        settings = {"controlnet_conditioning_scale_cond": float(given.pose_scale),
+                    "controlnet_conditioning_scale_ref": float(given.background_scale),
+                    "eval_save_filename": self.out.name, "guidance_scale": float(given.cfg),
+                    "img_size": [given.height, given.width], "pos_resize_img": False, "seed": given.seed,
+                    "visu_save": False}
+        (self.out / "Model_Setting.json").write_text(json.dumps(settings, indent=4))
+
+
+def official_name(key: str) -> str:
+    """TiktokDance_00335_0001.png -> TiktokDance_00335_0001png.png"""
+    return key.replace("/", "").replace(".", "").replace(" ", "_") + ".png"
+
+
+def _save(path: Path, frame: np.ndarray) -> None:
+    try:
+        path.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {path.parent}: {error.strerror}") from None
+    video.save(path, frame)

@@ -1,0 +1,346 @@
+"""sample.py: golden runs through the command line, the same answer however it is asked for, and bad input."""
+import base64
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from formula import given, golden, model, uniform
+from PIL import Image
+from safetensors.torch import save_file
+from test_golden_sampling import IMAGE_RUNS
+
+import sample
+from nanodisco import dance, data, transforms, video, weights
+from nanodisco.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+RUNS = golden("image/end_to_end.safetensors")
+SMALL = "-W 64 -H 64 --steps 3".split()
+
+
+def png(path, pixels):
+    """(3, H, W) in [0, 1] -> path"""
+    Image.fromarray((pixels * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """Official weights of the tiny model and pictures, as a user would have them."""
+    place = tmp_path_factory.mktemp("place")
+    net = model("image")
+    weights.write_diffusers(place / "sd", net.state_dict(), net.config)
+    weights.write_disco(place / "disco.pt", net.state_dict(), net.config)
+    video_net = model("temporal")
+    weights.write_folder(place / "video", video_net.state_dict(), video_net.config)
+    weights.write_folder(place / "image", net.state_dict(), net.config)
+    rng = np.random.default_rng(0)
+    photo = rng.integers(0, 256, (80, 60, 4), dtype=np.uint8)
+    photo[..., 3] = 0
+    photo[20:70, 10:50, 3] = 255
+    Image.fromarray(photo).save(place / "ref.png")
+    (place / "poses").mkdir()
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(place / "poses" / f"{i}.png")
+    return place
+
+
+def run(place, tmp_path, *more, weights="image", ref="ref.png", poses="poses", out="out"):
+    """-> the frames (F, H, W, 3) of one run of the command line"""
+    out = tmp_path / out
+    arguments = ["--weights", place / weights, "--ref", place / ref, "--poses", place / poses, "--out", out, *SMALL]
+    sample.main([str(argument) for argument in (*arguments, *more)])
+    return np.stack(list(video.read(out / "frames")))
+
+
+def refusal(*arguments, **kwargs):
+    with pytest.raises(InputError) as error:
+        run(*arguments, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---- Equal to the official program ---------------------------------------------------------------------
+
+def golden_arguments(place, tmp_path, name, i):
+    """Sample i of a golden run as files and flags."""
+    case = IMAGE_RUNS[name]
+    (tmp_path / "poses").mkdir()
+    png(tmp_path / "poses" / "0.png", given("pose")[i])
+    photo = torch.from_numpy((uniform("input:clip_image", (2, 3, 56, 56))[i] + 1) / 2)
+    Image.new("L", (56, 56), 255).save(tmp_path / "mask.png")
+    noise = {"latents": given("init_latents")[i:i + 1], "step_noise": given("ddpm_noise")[:, i:i + 1].contiguous()}
+    if case.posterior:
+        noise["background_noise"] = given("posterior_noise_background")[i:i + 1]
+    save_file({key: tensor.clone() for key, tensor in noise.items()}, tmp_path / "noise.safetensors")
+    return ["--sd", place / "sd", "--weights", place / "disco.pt", "--ref", png(tmp_path / "ref.png", photo),
+            "--ref-mask", tmp_path / "mask.png", "--poses", tmp_path / "poses", "-W", 64, "-H", 64,
+            "--background", png(tmp_path / "background.png", (given("background")[i] + 1) / 2), "--steps", case.steps,
+            "--cfg", case.guidance, "--uncond", case.uncond, "--tokens", case.tokens, "--scheduler", case.scheduler,
+            "--pose-scale", case.scales[0], "--background-scale", case.scales[1],
+            "--latents", tmp_path / "noise.safetensors", "--out", tmp_path / "out"]
+
+
+@pytest.mark.parametrize("i", [0, 1])
+@pytest.mark.parametrize("name", IMAGE_RUNS)
+def test_command_line_makes_the_official_frame_of_official_files(place, tmp_path, name, i):
+    sample.main([str(argument) for argument in golden_arguments(place, tmp_path, name, i)])
+    frame = next(video.read(tmp_path / "out" / "frames")).astype(float)
+    wanted = ((RUNS[f"{name}.decoded_unclamped"][i] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy() * 255).round()
+    assert np.abs(frame - wanted).max() <= 1
+
+
+# ---- The same answer however it is asked for ----------------------------------------------------------------
+
+def same(a, b):
+    return np.abs(a.astype(int) - b.astype(int)).max() <= 1
+
+
+def test_same_command_gives_the_same_bytes(place, tmp_path):
+    for out in ("a", "b"):
+        run(place, tmp_path, out=out)
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*") if path.name != "settings.yaml")
+    assert {path.name for path in files} >= {"video.mp4", "result.mp4", "000000.png", "000005.png"}
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("more", [["--batch", 1], ["--batch", 5], ["--no-cache"], ["--scheduler", "ddpm", "--batch", 1]])
+def test_batch_size_and_cache_change_no_frame(place, tmp_path, more):
+    scheduler = more[:2] if more[0] == "--scheduler" else []
+    assert same(run(place, tmp_path, *scheduler, out="a"), run(place, tmp_path, *more, out="b"))
+
+
+def test_fewer_frames_are_the_first_of_more(place, tmp_path):
+    few = run(place, tmp_path, "-L", 3, out="a")
+    assert len(few) == 3 and same(few, run(place, tmp_path, out="b")[:3])
+
+
+def test_another_seed_gives_other_frames_and_each_frame_its_own_noise(place, tmp_path):
+    one = run(place, tmp_path, out="a")
+    assert not same(one, run(place, tmp_path, "--seed", 7, out="b"))
+    for file in (place / "poses").iterdir():                             # all poses alike: only the noise differs
+        (tmp_path / "poses").mkdir(exist_ok=True)
+        (tmp_path / "poses" / file.name).write_bytes((place / "poses" / "0.png").read_bytes())
+    frames = run(place, tmp_path, poses=tmp_path / "poses", out="c")
+    assert not same(frames[0], frames[1])
+    frames = run(place, tmp_path, "--noise", "shared", poses=tmp_path / "poses", out="d")
+    assert same(frames[0], frames[1])
+
+
+def test_a_portrait_keeps_its_aspect(place, tmp_path):
+    assert run(place, tmp_path, "-W", 48, "-H", 80, "-L", 1).shape == (1, 80, 48, 3)
+
+
+def test_settings_make_the_run_again(place, tmp_path):
+    frames = run(place, tmp_path, out="a")
+    settings = yaml.safe_load((tmp_path / "a" / "settings.yaml").read_text())
+    again = [f"--{name.replace('_', '-')}={settings[name]}" for name in ("ref", "poses", "weights", "width", "height",
+             "steps", "cfg", "scheduler", "seed", "dtype", "device", "batch")]
+    sample.main([*again, f"--out={tmp_path / 'b'}"])
+    assert np.array_equal(frames, np.stack(list(video.read(tmp_path / "b" / "frames"))))
+
+
+def test_video_shows_reference_pose_and_result(place, tmp_path):
+    frames = run(place, tmp_path, "--format", "webp,gif,png")
+    shown = list(video.read(tmp_path / "out" / "video.gif"))
+    assert shown[0].shape == (64, 3 * 64, 3) and len(shown) == 6
+    assert np.abs(shown[0][:, 128:].astype(int) - frames[0]).mean() < 16             # a GIF has 256 colours
+    assert not (tmp_path / "out" / "video.mp4").exists()
+
+
+# ---- A validation set -------------------------------------------------------------------------------------
+
+KEYS = ("TiktokDance_00335_0001.png", "TiktokDance_00335_0002.png", "TiktokDance_00336_0001.png")
+
+
+@pytest.fixture(scope="session")
+def validation(tmp_path_factory):
+    """Three rows of two videos, made by the rules of the official script."""
+    folder, rng = tmp_path_factory.mktemp("set"), np.random.default_rng(1)
+    rows = {"images": [], "poses": [], "masks": [], "vid2line": []}
+    for key, line in zip(KEYS, ("[0, 1]", "[-1, 0]", "[0, 0]")):
+        pictures = {name: rng.integers(0, 256, (90, 60, 3), dtype=np.uint8) for name in ("images", "poses", "masks")}
+        rows["vid2line"].append(f"{key}\t{line}\n")
+        for name, pixels in pictures.items():
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, format="JPEG")
+            rows[name].append(f"{key}\t{base64.b64encode(buffer.getvalue()).decode()}\n")
+    for name, lines in rows.items():
+        (folder / f"val_{name}.tsv").write_text("".join(lines))
+        offsets = np.cumsum([0] + [len(line) for line in lines])[:-1]
+        (folder / f"val_{name}.lineidx").write_text("".join(f"{offset}\n" for offset in offsets))
+    (folder / "val.yaml").write_text("img: val_images.tsv\nposes: val_poses.tsv\nmasks: val_masks.tsv\n"
+                                     "vid2line: val_vid2line.tsv\ncomposite: false\n")
+    return folder / "val.yaml"
+
+
+def evaluate(place, validation, out, *more):
+    sample.main([str(argument) for argument in ("--weights", place / "image", "--data", validation, "--out", out,
+                                                *SMALL, *more)])
+
+
+def test_validation_set_takes_its_reference_from_the_first_frame_of_each_video(validation):
+    rows = data.Validation(validation)
+    assert [rows.reference_row(i) for i in range(3)] == [0, 0, 2]
+
+
+def test_official_layout_has_the_official_names(place, validation, tmp_path):
+    evaluate(place, validation, tmp_path / "eval_visu", "--layout", "disco", "--cfg", 3)
+    names = [dance.official_name(key) for key in KEYS]
+    folders = ("gt", "pred_gs3.0_scale-cond1.0-ref1.0", "cond", "ref", "ref_control")
+    made = {str(path.relative_to(tmp_path / "eval_visu")) for path in (tmp_path / "eval_visu").rglob("*.*")
+            if path.suffix != ".0"}
+    assert made == {f"{folder}/{name}" for folder in folders for name in names} | {"Model_Setting.json", "settings.yaml"}
+
+
+def test_names_and_settings_are_those_of_the_official_listing(place, validation, tmp_path):
+    listing = golden("eval_layout.json")
+    for key in listing["image_keys"]:
+        assert f"eval_visu/gt/{dance.official_name(key)}" in listing["image_model_run"]
+    evaluate(place, validation, tmp_path / "eval_visu", "--layout", "disco", "--cfg", 3, "-L", 1)
+    settings = json.loads((tmp_path / "eval_visu" / "Model_Setting.json").read_text())
+    assert settings == listing["model_setting_example"] | {"img_size": [64, 64]}
+
+
+def test_layout_keeps_ground_truth_and_pose_as_prepared(place, validation, tmp_path):
+    evaluate(place, validation, tmp_path / "out", "--layout", "disco", "-L", 1)
+    row, name = data.Validation(validation)[0], dance.official_name(KEYS[0])
+    for folder, picture in (("gt", row.target), ("cond", row.pose)):
+        wanted = np.asarray(transforms.fill(picture, (64, 64)))
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / folder / name)), wanted)
+
+
+def test_another_person_and_other_poses_replace_those_of_the_set(place, validation, tmp_path):
+    evaluate(place, validation, tmp_path / "a")
+    evaluate(place, validation, tmp_path / "b", "--ref", place / "ref.png")
+    evaluate(place, validation, tmp_path / "c", "--poses", place / "poses")
+    a, b, c = (np.stack(list(video.read(tmp_path / name / "frames"))) for name in "abc")
+    assert len(a) == len(b) == len(c) == 3 and not same(a, b) and not same(a, c)
+
+
+# ---- The video model ------------------------------------------------------------------------------------------
+
+def test_video_model_makes_one_clip_with_and_without_cache(place, tmp_path):
+    assert same(run(place, tmp_path, weights="video", out="a"), run(place, tmp_path, "--no-cache", weights="video", out="b"))
+
+
+def test_video_model_walks_a_long_track_in_windows(place, tmp_path):
+    frames = run(place, tmp_path, "--window", 4, "--overlap", 2, weights="video", out="a")
+    assert len(frames) == 6 and not same(frames, run(place, tmp_path, weights="video", out="b"))
+
+
+# ---- Bad input ----------------------------------------------------------------------------------------------
+
+def test_reference_that_cannot_be_used_is_refused(place, tmp_path):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "half.png").write_bytes((place / "ref.png").read_bytes()[:3000])
+    Image.new("RGB", (60, 80)).save(tmp_path / "opaque.png")
+    Image.new("RGBA", (60, 80)).save(tmp_path / "nobody.png")
+    for name, words in (("none.png", "is not there"), ("empty.png", "is empty"), ("text.png", "is not a picture"),
+                        ("half.png", "is damaged"), ("opaque.png", "--ref-mask"), ("nobody.png", "no person")):
+        assert words in refusal(place, tmp_path, ref=tmp_path / name)
+        assert not (tmp_path / "out").exists()
+
+
+def test_mask_of_another_size_is_resized_and_that_is_said(place, tmp_path, capsys):
+    Image.new("L", (30, 40), 255).save(tmp_path / "mask.png")
+    run(place, tmp_path, "--ref-mask", tmp_path / "mask.png", "-L", 1)
+    assert "30x40" in capsys.readouterr().err
+
+
+def test_poses_that_cannot_be_used_are_refused(place, tmp_path):
+    for name in ("empty", "mixed", "broken"):
+        (tmp_path / name).mkdir()
+    for i in (1, 2):
+        Image.new("RGB", (64, 64 * i)).save(tmp_path / "mixed" / f"{i}.png")
+    (tmp_path / "broken" / "0.json").write_text('[{"keypoints": [')
+    (tmp_path / "dance.mp4").write_bytes(b"not a video")
+    for name, words in (("empty", "neither pictures nor JSON"), ("mixed", "different sizes"), ("broken", "not whole JSON"),
+                        ("dance.mp4", "pose estimator"), ("none", "is not there")):
+        assert words in refusal(place, tmp_path, poses=tmp_path / name)
+        assert not (tmp_path / "out").exists()
+
+
+def test_nobody_in_a_pose_is_drawn_black_and_said(place, tmp_path, capsys):
+    (tmp_path / "poses").mkdir()
+    (tmp_path / "poses" / "0.json").write_text("[]")
+    run(place, tmp_path, poses=tmp_path / "poses")
+    assert "nobody in 1 of 1 frames" in capsys.readouterr().err
+    shown = next(video.read(tmp_path / "out" / "video.mp4"))
+    assert shown[:, 70:122].max() < 20
+
+
+@pytest.mark.parametrize("more, words", [
+    (["-W", 250], "248 or 256"), (["-W", 68], "multiple of 8"), (["--steps", 0], "1 to 1000"),
+    (["--steps", 2000], "1 to 1000"), (["--batch", 0], "--batch"), (["--cfg", "nan"], "--cfg"), (["-L", 0], "--length"),
+    (["--device", "cuda:9"], "cuda:9 is not there"), (["--device", "tpu"], "tpu is not there"),
+    (["--format", "avi"], "avi"), (["--pose-size", "10"], "WxH"), (["--overlap", 16], "--overlap"), (["--fps", 0], "--fps"),
+    (["--latents", __file__], "not a safetensors file"), (["--out", __file__], "already there"),
+    (["--out", "/proc/nanodisco"], "cannot write")], ids=str)
+def test_flags_that_make_no_sense_are_refused(place, tmp_path, more, words):
+    assert words in refusal(place, tmp_path, *more)
+
+
+def test_help_and_wrong_arguments_do_not_import_torch(place):
+    code = ("import sys, sample\ntry: sample.main(sys.argv[1:])\nexcept BaseException: pass\n"
+            "assert 'torch' not in sys.modules and 'numpy' not in sys.modules")
+    for arguments in (["--help"], ["--ref", "x"], ["--ref", "none.png", "--poses", "none", "--steps", "0"]):
+        subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, check=True, capture_output=True)
+
+
+def command(place, out, *more):
+    return [sys.executable, "sample.py", "--weights", place / "image", "--ref", place / "ref.png", "--poses",
+            place / "poses", "--out", out, *"-W 64 -H 64 --batch 1 --device cpu".split(), *more]
+
+
+def whole(folder):
+    """Every file under the folder can be read, and none is a temporary one."""
+    for path in folder.rglob("*"):
+        assert not path.name.startswith("."), path
+        if path.suffix == ".png":
+            video.picture(path)
+
+
+def test_interrupted_run_leaves_whole_frames_and_no_video(place, tmp_path):
+    started = subprocess.Popen(command(place, tmp_path / "out", "--steps", "200"), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out" / "frames" / "000001.png").exists():
+        assert started.poll() is None, started.stderr.read()
+        time.sleep(0.05)
+    started.send_signal(signal.SIGINT)
+    errors = started.communicate()[1]
+    assert started.returncode == 130 and errors.rstrip().endswith("interrupted") and "Traceback" not in errors
+    assert not (tmp_path / "out" / "video.mp4").exists()
+    whole(tmp_path / "out")
+
+
+def test_full_disk_ends_the_run_in_one_line_with_whole_files(place, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if os.system(f"mount -t tmpfs -o size=48k tmpfs {small} 2>/dev/null"):
+        pytest.skip("mounting a small file system is not permitted here")
+    try:
+        ran = subprocess.run(command(place, small / "out", "--steps", "2"), cwd=ROOT, capture_output=True, text=True)
+        assert ran.returncode == 2 and "Traceback" not in ran.stderr and "No space left" in ran.stderr.splitlines()[-1]
+        whole(small)
+    finally:
+        os.system(f"umount {small}")
+
+
+def test_ten_thousand_poses_are_read_one_batch_at_a_time(place, tmp_path):
+    from nanodisco import inputs
+    frames = [{"people": [], "canvas_width": 64, "canvas_height": 64}] * 10_000
+    (tmp_path / "dance.json").write_text(json.dumps(frames))
+    track = inputs.poses(str(tmp_path / "dance.json"), (64, 64), None, lambda text: None)
+    assert len(track) == 10_000 and track[9_999].size == (64, 64)
+    assert len(run(place, tmp_path, "-L", 2, poses=tmp_path / "dance.json")) == 2
