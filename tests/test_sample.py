@@ -225,7 +225,7 @@ def test_another_person_and_other_poses_replace_those_of_the_set(place, validati
     evaluate(place, validation, tmp_path / "b", "--ref", place / "ref.png")
     evaluate(place, validation, tmp_path / "c", "--poses", place / "poses")
     a, b, c = (np.stack(list(video.read(tmp_path / name / "frames"))) for name in "abc")
-    assert len(a) == len(b) == len(c) == 3 and not same(a, b) and not same(a, c)
+    assert len(a) == len(b) == len(c) == 3 and not np.array_equal(a, b) and not np.array_equal(a, c)
 
 
 # ---- The video model ------------------------------------------------------------------------------------------

@@ -1,0 +1,55 @@
+"""Prepacked layers for the CPU: the same numbers."""
+import copy
+
+import pytest
+import torch
+from formula import build, given, golden
+from torch import nn
+
+from kernels import cpu
+from nanodisco.loading import for_inference
+
+RUNS = golden("image/modules.safetensors")
+available = pytest.mark.skipif(bool(cpu.unavailable(torch.float32)), reason="this PyTorch has no prepacked layers")
+
+
+@available
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("layer, shape", [
+    (nn.Conv2d(8, 16, 3, padding=1), (2, 8, 9, 7)), (nn.Conv2d(8, 8, 3, stride=2), (1, 8, 33, 33)),
+    (nn.Conv2d(4, 40, 1), (3, 4, 5, 6)), (nn.Linear(24, 40), (2, 5, 24)), (nn.Linear(24, 40, bias=False), (7, 24))], ids=str)
+def test_packed_layer_gives_the_plain_answer(layer, shape, dtype, close):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(copy.deepcopy(layer)).to(dtype).requires_grad_(False), torch.randn(shape).to(dtype)
+    wanted = net(x)
+    cpu.prepack(net)
+    assert type(net[0]) not in (nn.Conv2d, nn.Linear)
+    got = net(x)
+    assert got.shape == wanted.shape and (got - wanted).abs().max() <= close * wanted.abs().max()
+
+
+@available
+def test_packed_model_gives_the_official_residuals_and_output():
+    net = for_inference(build("image"), "cpu")
+    with torch.inference_mode():
+        out = net.unet(given("latents"), given("timesteps"), given("tokens"))
+    wanted = RUNS["unet_no_residuals"]
+    assert (out - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+
+
+@available
+def test_every_convolution_and_linear_of_the_networks_is_packed():
+    net = for_inference(build("image"), "cpu")
+    for part in (net.unet, net.pose, net.background, net.vae):
+        assert not [layer for layer in part.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+
+
+def test_without_the_operations_the_model_stays_and_that_is_said(monkeypatch):
+    monkeypatch.setattr(cpu, "PackedLinear", lambda layer: (_ for _ in ()).throw(AttributeError("no such operation")))
+    said = []
+    net = for_inference(build("image"), "cpu", said.append)
+    assert "no such operation" in said[0] and isinstance(net.unet.conv_out, nn.Conv2d)
+
+
+def test_half_precision_is_not_packed():
+    assert "float16" in cpu.unavailable(torch.float16)

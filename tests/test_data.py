@@ -1,0 +1,59 @@
+"""TSV files and the validation sets made of them: official bytes, and refusals."""
+import base64
+import io
+
+import pytest
+from PIL import Image
+
+from nanodisco.data import Validation
+from nanodisco.errors import InputError
+from nanodisco.tsv import Table
+
+
+def jpeg(shade):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6), (shade,) * 3).save(buffer, format="JPEG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("images", "poses", "masks"):
+        (tmp_path / f"val_{name}.tsv").write_text("".join(f"key{i}\t{jpeg(100 * i)}\n" for i in range(2)))
+    (tmp_path / "val_vid2line.tsv").write_text("key0\t[0, 1]\nkey1\t[-1, 0]\n")
+    (tmp_path / "val.yaml").write_text("".join(f"{field}: val_{name}.tsv\n" for field, name in (
+        ("img", "images"), ("poses", "poses"), ("masks", "masks"), ("vid2line", "vid2line"))))
+    return tmp_path
+
+
+def test_rows_are_found_without_a_line_index(folder):
+    table = Table(folder / "val_images.tsv")
+    assert len(table) == 2 and table[1][0] == "key1" and table.picture(1).getpixel((0, 0)) == (100, 100, 100)
+
+
+def test_line_index_says_where_the_rows_are(folder):
+    second = len("key0\t[0, 1]\n")
+    (folder / "val_vid2line.lineidx").write_text(f"0\n{second}\n")
+    assert Table(folder / "val_vid2line.tsv")[1] == ["key1", "[-1, 0]"]
+
+
+def test_reference_is_the_first_frame_of_the_video(folder):
+    row = Validation(folder / "val.yaml")[1]
+    assert row.key == "key1" and row.target.getpixel((0, 0))[0] == 100 and row.reference.getpixel((0, 0))[0] == 0
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("val.yaml", "img: none.tsv", "no `poses`"), ("val.yaml", "composite: true", "composite"),
+    ("val_poses.tsv", "key0\tx\n", "different length"), ("val_images.lineidx", "0\n9999999\n", "no picture"),
+    ("val_images.lineidx", "zero", "cannot be read"), ("val_vid2line.tsv", "key0\tfirst\nkey1\tsecond\n", "expected \\[first"),
+    ("val_images.tsv", "key0\tAAAA\nkey1\tAAAA\n", "no picture")], ids=str)
+def test_a_set_that_does_not_fit_is_refused(folder, name, content, words):
+    (folder / name).write_text(content)
+    with pytest.raises(InputError, match=words):
+        Validation(folder / "val.yaml")[1]
+
+
+def test_a_missing_file_is_named(folder):
+    (folder / "val_masks.tsv").unlink()
+    with pytest.raises(InputError, match="val_masks.tsv is not there"):
+        Validation(folder / "val.yaml")
