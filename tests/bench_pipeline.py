@@ -1,0 +1,229 @@
+"""One denoising step, its memory, and loading: this project against diffusers with the same weights.
+
+    python tests/bench_pipeline.py                                 # full size, bf16 and fp32, some minutes
+    python tests/bench_pipeline.py --dtype bf16 --compiled         # also torch.compile with freezing: many minutes
+    python tests/bench_pipeline.py --tiny --rounds 2               # only to see that it runs
+
+A step is UNet + pose ControlNet + background ControlNet with guidance 2 at 32 x 32 latents, 257 tokens. Each
+program is a process of its own; their steps are interleaved, so that a busy machine slows all of them alike.
+Printed: medians, and ratios ours / theirs (diffusers in its faster memory format). Weights are random and
+written to a temporary folder (6.3 GB in fp32) in both spellings.
+"""
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+THEIRS = ("diffusers NCHW", "diffusers NHWC")
+LIMITS = {"bf16": 0.55, "fp32": 0.45}
+
+
+# ---- The programs, each in a process ----------------------------------------------------------------------
+
+def inputs(config, dtype):
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    side, pixels = 32, 32 * config.vae.factor
+    shapes = {"z": (1, config.unet.channels, side, side), "tokens": (1, config.clip.tokens, config.unet.context),
+              "pose": (1, 3, pixels, pixels), "background": (1, config.unet.channels, side, side)}
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def ours(folder: Path, dtype):
+    import torch
+
+    from nanodisco.guidance import Guided
+    from nanodisco.loading import for_inference, load
+
+    began = time.perf_counter()
+    model = load(folder / "ours", dtype=dtype, say=lambda text: None)
+    model.vae = model.clip = None                                        # not part of a step; diffusers loads neither
+    model = for_inference(model, "cpu")
+    loaded = time.perf_counter() - began
+    given = inputs(model.config, dtype)
+    guided = Guided(model, given["tokens"], given["background"], torch.zeros_like(given["tokens"]), guidance=2.0)
+    predict = guided(given["pose"])
+    return loaded, lambda t: predict(given["z"], torch.tensor([t]))
+
+
+def diffusers(folder: Path, dtype, channels_last: bool, compiled: bool):
+    import torch
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    from nanodisco.config import load as load_config
+
+    began = time.perf_counter()
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype)
+    pose = ControlNetModel.from_pretrained(folder / "pose", torch_dtype=dtype)
+    background = ControlNetModel.from_pretrained(folder / "background", torch_dtype=dtype, ignore_mismatched_sizes=True)
+    loaded = time.perf_counter() - began
+    hint = background.controlnet_cond_embedding                          # DisCo's has one convolution of the latent
+    background.controlnet_cond_embedding = torch.nn.Conv2d(unet.config.in_channels, hint.conv_out.out_channels, 3,
+                                                           padding=1).to(dtype)
+    from safetensors.torch import load_file
+    background.controlnet_cond_embedding.load_state_dict(load_file(folder / "hint.safetensors"))
+    nets = [net.eval() for net in (unet, pose, background)]
+    given = {name: torch.cat([x * (name != "tokens"), x]) for name, x in
+             inputs(load_config(folder / "ours" / "config.yaml"), dtype).items()}
+    if channels_last:
+        nets = [net.to(memory_format=torch.channels_last) for net in nets]
+        given = {name: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for name, x in given.items()}
+    unet, pose, background = [torch.compile(net) for net in nets] if compiled else nets
+
+    def step(t):
+        z, tokens = given["z"], given["tokens"]
+        a, a_mid = pose(z, t, tokens, controlnet_cond=given["pose"], return_dict=False)
+        b, b_mid = background(z, t, tokens, controlnet_cond=given["background"], return_dict=False)
+        out, = unet(z, t, tokens, down_block_additional_residuals=[x + y for x, y in zip(a, b)],
+                    mid_block_additional_residual=a_mid + b_mid, return_dict=False)
+        without, with_reference = out.chunk(2)
+        return without + 2.0 * (with_reference - without)
+    return loaded, step
+
+
+def peak() -> float:
+    """GiB of memory at most so far (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+
+
+def work(program: str, folder: Path, dtype_name: str) -> None:
+    """Answer each line on stdin with one step: seconds, and a few numbers of the result."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    dtype = getattr(torch, DTYPES[dtype_name])
+    if program == "ours":
+        loaded, step = ours(folder, dtype)
+    else:
+        loaded, step = diffusers(folder, dtype, "NHWC" in program or "compiled" in program, "compiled" in program)
+    torch.set_grad_enabled(False)
+    print(json.dumps({"loaded": loaded}), flush=True)
+    for line in sys.stdin:
+        began = time.perf_counter()
+        out = step(torch.tensor(int(line)) if program != "ours" else int(line))
+        print(json.dumps({"seconds": time.perf_counter() - began, "peak": peak(),
+                          "out": out.float().flatten()[::37].tolist()}), flush=True)
+
+
+# ---- The comparison ---------------------------------------------------------------------------------------
+
+def write_weights(folder: Path, dtype_name: str, tiny: bool) -> None:
+    """The same random weights for both."""
+    import torch
+    from safetensors.torch import save_file
+
+    from nanodisco import sizes, weights
+    from nanodisco.config import ModelConfig, load as load_config
+    from nanodisco.disco import DisCo
+
+    shrink = ["--unet.widths=[32, 64, 128, 128]", "--clip.layers=1", "--vae.widths=[32, 32, 32, 32]"] if tiny else []
+    config = load_config(ROOT / "config" / "model" / "sd-image-variations.yaml", ModelConfig, shrink)
+    torch.manual_seed(0)
+    model = DisCo(config)
+    with torch.no_grad():
+        for parameter in model.parameters():                             # no zero convolutions: all residuals count
+            parameter.normal_(std=parameter[0].numel() ** -0.5) if parameter.ndim > 1 else parameter.add_(
+                0.05 * torch.randn_like(parameter))
+    model = model.to(getattr(torch, DTYPES[dtype_name]))
+    weights.write_folder(folder / "ours", model.state_dict(), config)
+    official = weights.to_official(model.state_dict())
+    json_of_unet = sizes.to_config_json(config)["unet"]
+    for name, prefix in (("unet", "unet."), ("pose", "controlnet.nets.0."), ("background", "controlnet.nets.1.")):
+        net = {key.removeprefix(prefix): tensor.contiguous() for key, tensor in official.items() if key.startswith(prefix)}
+        if name == "background":
+            start = "controlnet_cond_embedding.conv_in."
+            save_file({key.removeprefix(start): net.pop(key) for key in list(net) if key.startswith(start)},
+                      folder / "hint.safetensors")
+        (folder / name).mkdir()
+        save_file(net, folder / name / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        of_net = {key: value for key, value in json_of_unet.items() if "up_block" not in key and key != "out_channels"}
+        of_net |= {"_class_name": "ControlNetModel"}
+        (folder / name / "config.json").write_text(json.dumps(json_of_unet if name == "unet" else of_net))
+
+
+def compare(dtype: str, rounds: int, compiled: bool, tiny: bool) -> dict:
+    programs = ["ours", *THEIRS] + (["diffusers compiled"] if compiled else [])
+    with tempfile.TemporaryDirectory() as folder:
+        write_weights(Path(folder), dtype, tiny)
+        environment = os.environ | {"TORCHINDUCTOR_FREEZING": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        seen = {name: [] for name in programs}
+        workers, loaded = {}, {name: [] for name in programs}
+        for name in [*programs, *programs]:                              # twice: the first one warms the page cache
+            if name in workers:
+                workers.pop(name).kill()
+            command = [sys.executable, __file__, "--work", name, "--folder", folder, "--dtype", dtype]
+            workers[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                             stderr=subprocess.DEVNULL, env=environment)
+            loaded[name].append(json.loads(workers[name].stdout.readline())["loaded"])
+        for i in range(rounds + 1):
+            for name, worker in workers.items():
+                print(f"{981 - 20 * i}", file=worker.stdin, flush=True)
+                seen[name].append(json.loads(worker.stdout.readline()))
+        for worker in workers.values():
+            worker.stdin.close()
+            worker.wait()
+    return {name: {"first": steps[0]["seconds"], "step": statistics.median(s["seconds"] for s in steps[1:]),
+                   "peak": steps[-1]["peak"], "load": loaded[name][-1], "out": steps[-1]["out"]}
+            for name, steps in seen.items()}
+
+
+def report(dtype: str, found: dict) -> dict:
+    print(f"\n{dtype}: seconds a step | first step | seconds to load | peak GiB | largest difference from ours")
+    for name, row in found.items():
+        scale = max(map(abs, found["ours"]["out"]))
+        difference = max(abs(a - b) for a, b in zip(row["out"], found["ours"]["out"])) / scale
+        print(f"  {name:20} {row['step']:7.3f} | {row['first']:7.2f} | {row['load']:6.2f} | {row['peak']:5.2f} | {difference:.1e}")
+    fastest = min((found[name] for name in THEIRS), key=lambda row: row["step"])
+    mine = found["ours"]
+    ratios = {"step": (mine["step"] / fastest["step"], LIMITS[dtype]), "load": (mine["load"] / fastest["load"], 0.7),
+              "peak": (mine["peak"] / fastest["peak"], 1.1)}
+    if "diffusers compiled" in found:
+        ratios["step, compiled"] = (mine["step"] / found["diffusers compiled"]["step"], 1.05)
+    for name, (ratio, limit) in ratios.items():
+        print(f"  ours / diffusers, {name}: {ratio:.2f} (aim {limit:.2f})")
+    return {name: ratio for name, (ratio, _) in ratios.items()}
+
+
+def main() -> None:
+    top = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    top.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    top.add_argument("--rounds", type=int, default=7, help="steps to take the median of (default 7)")
+    top.add_argument("--compiled", action="store_true", help="also against torch.compile with freezing")
+    top.add_argument("--tiny", action="store_true", help="small networks, to see that it runs")
+    top.add_argument("--json", metavar="FILE", help="write the numbers there")
+    top.add_argument("--work", help=argparse.SUPPRESS)
+    top.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    given = top.parse_args()
+    if given.work:
+        work(given.work, given.folder, given.dtype[0])
+        return
+    sys.path.insert(0, str(ROOT))
+    import diffusers
+    import torch
+
+    processor = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                      if line.startswith("model name")), platform.processor())
+    machine = {"processor": processor, "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability(),
+               "torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
+    print(machine)
+    result = {"machine": machine}
+    for dtype in given.dtype:
+        found = compare(dtype, given.rounds, given.compiled, given.tiny)
+        result[dtype] = {"ratios": report(dtype, found), "programs": {
+            name: {key: value for key, value in row.items() if key != "out"} for name, row in found.items()}}
+    if given.json:
+        Path(given.json).write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
