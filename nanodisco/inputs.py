@@ -5,7 +5,6 @@ Every refusal is one line that says what was wrong and what to do.
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageOps
 
 from nanodisco import pose, transforms, video
@@ -140,11 +139,6 @@ def _of_keypoints(frames: list[pose.Frame], canvas, align_to: str | None, path: 
 def _refuse_alignment(align_to: str | None) -> None:
     if align_to:
         raise InputError("--align needs keypoints; give the poses as JSON instead of pictures")
-
-
-def picture_of(tensor) -> np.ndarray:
-    """(3, H, W) in [0, 1] -> uint8 (H, W, 3)"""
-    return transforms.to_frames(tensor[None])[0]
 
 
 def _size(picture: Image.Image) -> str:

@@ -18,7 +18,7 @@ ROWS = [                               # a file imports only from rows above its
     ["controlnet"],
     ["disco"],
     ["guidance", "loading"],
-    ["convert"]]
+    ["convert", "dance"]]
 
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}
 FILES = sorted(path for package in ("nanodisco", "kernels") for path in (ROOT / package).rglob("*.py"))

@@ -313,7 +313,8 @@ def whole(folder):
 
 
 def test_interrupted_run_leaves_whole_frames_and_no_video(place, tmp_path):
-    started = subprocess.Popen(command(place, tmp_path / "out", "--steps", "200"), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen(command(place, tmp_path / "out", "--steps", "200"), cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     while not (tmp_path / "out" / "frames" / "000001.png").exists():
         assert started.poll() is None, started.stderr.read()
         time.sleep(0.05)

@@ -14,6 +14,7 @@ from nanodisco import diffusion, sampling, temporal, transformer, unet, vae
 from nanodisco.config import ModelConfig, load
 from nanodisco.controlnet import ControlNet
 from nanodisco.layers import ResBlock, time_features
+from nanodisco.memo import Memo
 from nanodisco.temporal import TemporalAttention, fold, unfold
 from nanodisco.transformer import CrossAttention, SelfAttention, SpatialTransformer
 from nanodisco.unet import UNet
@@ -211,7 +212,7 @@ def test_the_clocks_of_the_time_turn_as_fast_as_written():
 def test_a_time_that_is_the_same_for_all_channels_of_a_group_has_no_effect():
     groups, width = full_size().unet.groups, full_size().unet.widths[1]
     says("Layers", f"all {width // groups} channels of a group ({width} channels in {groups} groups)")
-    res, x, emb = ResBlock(8, 16, 4, 1e-5, 32), torch.randn(2, 8, 6, 6), torch.randn(2, 32)
+    res, x, emb = ResBlock(8, 16, 4, 1e-5, 32), torch.randn(2, 8, 6, 6), Memo(torch.randn(2, 32))
     before = res(x, emb)
     with torch.no_grad():
         res.time.bias += torch.tensor([3.0, -2.0, 1.0, 5.0]).repeat_interleave(4)
@@ -331,7 +332,7 @@ def traced() -> dict[str, list]:
 
     inputs = {}
     hooks = [net.get_submodule(path).register_forward_pre_hook(
-        lambda module, given, start=start, i=i: inputs.update({start: given[i].shape}))
+        lambda module, given, start=start, i=i: inputs.update({start: Memo.of(given[i]).x.shape}))
         for start, path, i in (("x", first, 0), ("the time embedding", first, 1),
                                ("gated", f"{block}.block.ff.down", 0), ("its context", f"{block}.block.cross_attn", 1))]
     with pytest.MonkeyPatch.context() as patch, recorded(net, paths) as seen:
