@@ -57,7 +57,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--batch", type=int, default=4, help="frames made together (default 4)")
     top.add_argument("--fps", type=float, default=8.0, help="of the video (default 8)")
     top.add_argument("--window", type=int, default=16, help="video model: frames it sees at once (default 16)")
-    top.add_argument("--overlap", type=int, default=4, help="video model: frames that windows share (default 4)")
+    top.add_argument("--overlap", type=int, help="video model: frames that windows share (default 4, or all but one)")
+    top.add_argument("--every", type=int, metavar="ROWS", help="video model with --data: begin a clip every so many rows; "
+                     "1 as the official evaluation (default: --window, so that clips do not overlap)")
     top.add_argument("--format", default="mp4,png", help=f"any of {','.join(FORMATS)}; png is a folder (default mp4,png)")
     top.add_argument("--no-cache", action="store_true", help="compute everything at every step, as the official program")
     top.add_argument("--out", metavar="DIR", help="a new folder (default: output/<date>-<time>-<seed>)")
@@ -71,9 +73,12 @@ def judge(given: argparse.Namespace) -> None:
         raise InputError(f"{missing} is missing: a photo of a person and the poses to dance (or --data YAML)")
     if given.layout and not given.data:
         raise InputError("--layout disco needs --data YAML")
+    if given.overlap is None:
+        given.overlap = max(min(4, given.window - 1), 0)
     for flag, value, low, high in (("--steps", given.steps, 1, 1000), ("--batch", given.batch, 1, 4096),
                                    ("--length", given.length, 1, None), ("--width", given.width, 8, 8192),
                                    ("--height", given.height, 8, 8192), ("--window", given.window, 1, None),
+                                   ("--every", given.every, 1, None),
                                    ("--overlap", given.overlap, 0, given.window - 1), ("--seed", given.seed, 0, 2**63)):
         if value is not None and (value < low or (high is not None and value > high)):
             raise InputError(f"{flag} {value}; expected {low} to {high}" if high else f"{flag} {value}; expected {low} or more")

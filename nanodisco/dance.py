@@ -93,7 +93,10 @@ class Track:
         self.poses = inputs.poses(given.poses, canvas, given.align, say)
         self.length = min(given.length or len(self.poses), len(self.poses))
 
-    def shown(self, frames: range, clip_size: int) -> Shown:
+    def batches(self, given: Namespace, clips: bool) -> list[range]:
+        return _cut(self.length, self.length if clips else given.batch)
+
+    def shown(self, frames: range, clip_size: int, clip: bool) -> Shown:
         pose = torch.stack([transforms.pose(self.poses[i], self.size) for i in frames])
         return Shown([f"{i:06}" for i in frames],
                      transforms.reference(self.photo, self.mask, clip_size, self.binary)[None],
@@ -112,9 +115,17 @@ class Set:
         count = len(self.rows) if self.poses is None else min(len(self.rows), len(self.poses))
         self.length = min(given.length or count, count)
 
-    def shown(self, frames: range, clip_size: int) -> Shown:
+    def batches(self, given: Namespace, clips: bool) -> list[range]:
+        if not clips:
+            return _cut(self.length, given.batch)
+        found = [clip for clip in self.rows.clips(given.window, given.every or given.window) if clip.stop <= self.length]
+        if not found:
+            raise InputError(f"{given.data}: the first {self.length} rows hold no clip of {given.window} frames (--window)")
+        return found
+
+    def shown(self, frames: range, clip_size: int, clip: bool) -> Shown:
         rows = [self.rows[i] for i in frames]
-        photos = [self.photo or (row.reference, row.mask) for row in rows]
+        photos = [self.photo or (row.reference, row.mask) for row in (rows[:1] if clip else rows)]
         scenes = [self.scene or photo for photo in photos]
         poses = [row.pose if self.poses is None else self.poses[i] for i, row in zip(frames, rows)]
         return Shown([row.key for row in rows],
@@ -125,26 +136,29 @@ class Set:
                      torch.stack([transforms.target(row.target, self.size) for row in rows]))
 
 
+def _cut(length: int, size: int) -> list[range]:
+    return [range(first, min(first + size, length)) for first in range(0, length, size)]
+
+
 # ---- Making it ------------------------------------------------------------------------------------------------
 
 def _run(model: DisCo, given: Namespace, source: Track | Set) -> int:
     video_model = model.config.unet.temporal
     start = Start(given, model)
     one_reference = isinstance(source, Track)
-    size = source.length if video_model else given.batch
-    batches = [range(first, min(first + size, source.length)) for first in range(0, source.length, size)]
+    batches = source.batches(given, video_model)
     calls = given.steps + (given.scheduler == "pndm" and given.steps > 1)
     times: dict = {}
     guided = None
     with Results(given, model) as results, tqdm(total=calls * len(batches), unit="step", disable=None) as bar:
         for frames in batches:
-            shown = source.shown(frames, model.config.clip.image_size)
+            shown = source.shown(frames, model.config.clip.image_size, clip=video_model)
             if guided is None or not one_reference:
                 guided = _guided(model, given, shown, start, times)
             for step in _steps(model, given, guided, shown, start, frames):
                 bar.update()
             results.write(shown, _pictures(model, fold(step.z)[0]))
-    return source.length
+    return results.count
 
 
 def _guided(model: DisCo, given: Namespace, shown: Shown, start: "Start", times: dict) -> Guided:
@@ -281,14 +295,18 @@ class Results:
     def _official(self, shown: Shown, frames: np.ndarray, poses: np.ndarray) -> None:
         """official: the folders of its visualising evaluation, names to the letter."""
         given = self.given
-        folders = {"gt": transforms.to_frames(shown.target / 2 + 0.5), "cond": poses,
-                   f"pred_gs{float(given.cfg)}_scale-cond{float(given.pose_scale)}-ref{float(given.background_scale)}": frames,
-                   # official: un-normalises the reference as if it were in [-1, 1], which gives wrong colours
-                   "ref": transforms.to_frames((shown.reference / 2 + 0.5).clamp(0, 1)),
-                   "ref_control": transforms.to_frames((shown.background / 2 + 0.5).clamp(0, 1))}
-        for folder, pictures in folders.items():
-            for i, key in enumerate(shown.names):
-                _save(self.out / folder / official_name(key), pictures[min(i, len(pictures) - 1)])
+        pred = f"pred_gs{float(given.cfg)}_scale-cond{float(given.pose_scale)}-ref{float(given.background_scale)}"
+        of_frames = {"gt": transforms.to_frames(shown.target / 2 + 0.5), "cond": poses, pred: frames}
+        # official: the picture model's reference is un-normalised as if it were in [-1, 1], which gives wrong colours
+        reference = transforms.from_clip(shown.reference) if self.temporal else shown.reference / 2 + 0.5
+        of_references = {"ref": transforms.to_frames(reference.clamp(0, 1)),
+                         "ref_control": transforms.to_frames(shown.background / 2 + 0.5)}
+        for folder, pictures in (of_frames | of_references).items():
+            for key, picture in zip(shown.names, pictures):              # a clip has one reference, named by its first frame
+                name = official_name(key)
+                if self.temporal and folder in of_frames:
+                    name = Path(official_name(shown.names[0])).stem + "/" + official_frame_name(key)
+                _save(self.out / folder / name, picture)
 
     def _official_settings(self) -> None:
         given = self.given
@@ -305,9 +323,14 @@ def official_name(key: str) -> str:
     return key.replace("/", "").replace(".", "").replace(" ", "_") + ".png"
 
 
+def official_frame_name(key: str) -> str:
+    """Of a frame in the folder of its clip: the key, with an extension if it has none."""
+    return key if Path(key).suffix else key + ".png"
+
+
 def _save(path: Path, frame: np.ndarray) -> None:
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {path.parent}: {error.strerror}") from None
     video.save(path, frame)

@@ -45,15 +45,32 @@ class Validation:
     def __len__(self) -> int:
         return len(self.images)
 
-    def reference_row(self, i: int) -> int:
-        """The row of the first frame of i's video."""
+    def video(self, i: int) -> range:
+        """The rows of the video that row i belongs to; its first frame is the reference of all."""
         try:
-            first = int(ast.literal_eval(self.videos[i][1])[0])
+            first, last = (i + int(offset) for offset in ast.literal_eval(self.videos[i][1]))
         except (ValueError, SyntaxError, IndexError, TypeError):
             raise InputError(f"{self.videos.path}, row {i}: {self.videos[i][1:]}; expected [first, last]") from None
-        return i + first
+        if not 0 <= first <= i <= last < len(self):
+            raise InputError(f"{self.videos.path}, row {i}: video of rows {first} to {last}; expected rows of the set, "
+                             f"{i} among them, given as offsets [first - {i}, last - {i}]")
+        return range(first, last + 1)
+
+    def clips(self, frames: int, every: int) -> list[range]:
+        """Rows of clips of at most so many frames that begin `every` so many rows, each within one video.
+
+        As in the official evaluation, which has every=1, a clip that would run over its video's end
+        begins earlier. official: in a video shorter than a clip it takes one of another video.
+        """
+        clips, row = [], 0
+        while row < len(self):
+            video = self.video(row)
+            starts = [max(min(start, video.stop - frames), video.start) for start in range(video.start, video.stop, every)]
+            clips += [range(start, min(start + frames, video.stop)) for start in dict.fromkeys(starts)]
+            row = video.stop
+        return clips
 
     def __getitem__(self, i: int) -> Sample:
-        reference = self.reference_row(i)
+        reference = self.video(i).start
         return Sample(self.images[i][0], self.images.picture(i), self.poses.picture(i, 1),
                       self.images.picture(reference), self.masks.picture(reference, 1))

@@ -61,6 +61,12 @@ def reference(picture: Image.Image, mask: Image.Image, size: int, binary: bool =
     return (square - mean) / std * mask_tensor(mask, picture.size, (size, size), Image.Resampling.BICUBIC, binary)
 
 
+def from_clip(reference: Tensor) -> Tensor:
+    """Back to colours.   CLIP-normalised (B, 3, S, S) -> [0, 1]"""
+    mean, std = (torch.tensor(x)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
+    return reference * std + mean
+
+
 def background(picture: Image.Image, mask: Image.Image, size: Size, binary: bool = False) -> Tensor:
     """What is left without the person.   (3, H, W) in [-1, 1], zero inside of the mask"""
     return target(picture, size) * (1 - mask_tensor(mask, picture.size, size, Image.Resampling.BILINEAR, binary))

@@ -163,18 +163,17 @@ def test_video_shows_reference_pose_and_result(place, tmp_path):
 KEYS = ("TiktokDance_00335_0001.png", "TiktokDance_00335_0002.png", "TiktokDance_00336_0001.png")
 
 
-@pytest.fixture(scope="session")
-def validation(tmp_path_factory):
-    """Three rows of two videos, made by the rules of the official script."""
-    folder, rng = tmp_path_factory.mktemp("set"), np.random.default_rng(1)
+def write_set(folder, videos):
+    """A row a key, made by the rules of the official script.   videos: a list of keys each -> the YAML file"""
+    rng = np.random.default_rng(1)
     rows = {"images": [], "poses": [], "masks": [], "vid2line": []}
-    for key, line in zip(KEYS, ("[0, 1]", "[-1, 0]", "[0, 0]")):
-        pictures = {name: rng.integers(0, 256, (90, 60, 3), dtype=np.uint8) for name in ("images", "poses", "masks")}
-        rows["vid2line"].append(f"{key}\t{line}\n")
-        for name, pixels in pictures.items():
-            buffer = io.BytesIO()
-            Image.fromarray(pixels).save(buffer, format="JPEG")
-            rows[name].append(f"{key}\t{base64.b64encode(buffer.getvalue()).decode()}\n")
+    for keys in videos:
+        for i, key in enumerate(keys):
+            rows["vid2line"].append(f"{key}\t[{-i}, {len(keys) - 1 - i}]\n")
+            for name in ("images", "poses", "masks"):
+                buffer = io.BytesIO()
+                Image.fromarray(rng.integers(0, 256, (90, 60, 3), dtype=np.uint8)).save(buffer, format="JPEG")
+                rows[name].append(f"{key}\t{base64.b64encode(buffer.getvalue()).decode()}\n")
     for name, lines in rows.items():
         (folder / f"val_{name}.tsv").write_text("".join(lines))
         offsets = np.cumsum([0] + [len(line) for line in lines])[:-1]
@@ -184,14 +183,19 @@ def validation(tmp_path_factory):
     return folder / "val.yaml"
 
 
-def evaluate(place, validation, out, *more):
-    sample.main([str(argument) for argument in ("--weights", place / "image", "--data", validation, "--out", out,
+@pytest.fixture(scope="session")
+def validation(tmp_path_factory):
+    return write_set(tmp_path_factory.mktemp("set"), [KEYS[:2], KEYS[2:]])
+
+
+def evaluate(place, validation, out, *more, weights="image"):
+    sample.main([str(argument) for argument in ("--weights", place / weights, "--data", validation, "--out", out,
                                                 *SMALL, *more)])
 
 
 def test_validation_set_takes_its_reference_from_the_first_frame_of_each_video(validation):
     rows = data.Validation(validation)
-    assert [rows.reference_row(i) for i in range(3)] == [0, 0, 2]
+    assert [rows.video(i) for i in range(3)] == [range(0, 2), range(0, 2), range(2, 3)]
 
 
 def test_official_layout_has_the_official_names(place, validation, tmp_path):
@@ -226,6 +230,27 @@ def test_another_person_and_other_poses_replace_those_of_the_set(place, validati
     evaluate(place, validation, tmp_path / "c", "--poses", place / "poses")
     a, b, c = (np.stack(list(video.read(tmp_path / name / "frames"))) for name in "abc")
     assert len(a) == len(b) == len(c) == 3 and not np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+def test_clips_of_the_video_model_have_the_official_names(place, tmp_path):
+    listing = golden("eval_layout.json")
+    videos = [keys.split(";") for keys in listing["video_keys"]]
+    evaluate(place, write_set(tmp_path, videos), tmp_path / "eval_visu", "--layout", "disco", "--cfg", 3, "--window", 3,
+             weights="video")
+    made = {str(path.relative_to(tmp_path)) for path in (tmp_path / "eval_visu").rglob("*") if path.is_file()}
+    assert made == set(listing["video_model_run"]) | {"eval_visu/settings.yaml"}
+
+
+def test_reference_of_a_clip_is_written_in_its_own_colours(place, tmp_path):
+    videos = write_set(tmp_path, [KEYS[:2]])
+    evaluate(place, videos, tmp_path / "out", "--layout", "disco", "--window", 2, weights="video")
+    row = data.Validation(videos)[0]
+    person = transforms.reference(row.reference, Image.new("L", row.mask.size, 255), 56)
+    assert transforms.from_clip(person[None]).sub(transforms.to_tensor(transforms.fill(
+        row.reference, (56, 56), Image.Resampling.BICUBIC))).abs().mean() < 0.2      # colours of the photo
+    mask = transforms.mask_tensor(row.mask, row.reference.size, (56, 56), Image.Resampling.BICUBIC)
+    wanted = transforms.to_frames(transforms.from_clip((person * mask)[None]).clamp(0, 1))[0]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "ref" / dance.official_name(KEYS[0]))), wanted)
 
 
 # ---- The video model ------------------------------------------------------------------------------------------
