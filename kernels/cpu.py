@@ -79,8 +79,22 @@ def prepack(model: nn.Module) -> None:
             setattr(model, name, PackedPointwise(layer) if layer.kernel_size == (1, 1) else PackedConv2d(layer))
         elif isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward:
             setattr(model, name, PackedLinear(layer))
-        elif layer is not None:
-            prepack(layer)
+        else:
+            if layer is not None:
+                prepack(layer)
+            continue
+        leave_to_the_file(layer.weight.data)
+
+
+def leave_to_the_file(weight: Tensor) -> None:
+    """Weights of a safetensors file are a map of it. Once they are packed, their pages need no memory any more.
+
+    They stay readable: Linux fetches them again from the file. Memory that has no file behind it stays as it is.
+    """
+    page, page_out = 4096, 21                                            # of mman.h
+    first, end = -(-weight.data_ptr() // page) * page, (weight.data_ptr() + weight.nbytes) // page * page
+    if sys.platform == "linux" and end > first:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), page_out)
 
 
 def keep_freed_memory() -> None:
