@@ -26,11 +26,11 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--background", metavar="IMG", help="default: the photo without the person")
     top.add_argument("--background-mask", metavar="IMG|black", help="white (or what is black) is a hole to be filled; "
                      "default: what is transparent")
-    top.add_argument("--poses", metavar="DIR|JSON|TSV", help="pose pictures, or OpenPose, DWPose, COCO, DisCo keypoints")
+    top.add_argument("--poses", metavar="DIR|JSON|TSV", help="pose pictures; OpenPose, DWPose or COCO keypoints")
     top.add_argument("--pose-size", metavar="WxH", help="frame size of keypoints that do not say it (default: --ref's)")
     top.add_argument("--align", metavar="JSON", help="move the track to where this pose, the reference's own, stands")
     top.add_argument("--data", metavar="YAML", help="a validation set of TSV files instead of --ref and --poses; "
-                     "--ref, --background or --poses given too replace what the set has")
+                     "--ref, --background and --poses replace the set's people, scenes and poses")
     top.add_argument("--layout", choices=("disco",), help="with --data: the folders of the official evaluation")
     top.add_argument("--weights", metavar="DIR|FILE", help=f"default: the first of {', '.join(WEIGHTS)} that is there")
     top.add_argument("--sd", metavar="DIR", help="Stable Diffusion folder that --weights comes on top of")
@@ -58,10 +58,10 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--fps", type=float, default=8.0, help="of the video (default 8)")
     top.add_argument("--window", type=int, default=16, help="video model: frames it sees at once (default 16)")
     top.add_argument("--overlap", type=int, help="video model: frames that windows share (default 4, or all but one)")
-    top.add_argument("--every", type=int, metavar="ROWS", help="video model with --data: begin a clip every so many rows; "
+    top.add_argument("--every", type=int, metavar="ROWS", help="video model with --data: a clip begins every so many rows; "
                      "1 as the official evaluation (default: --window, so that clips do not overlap)")
-    top.add_argument("--format", default="mp4,png", help=f"any of {','.join(FORMATS)}; png is a folder (default mp4,png)")
-    top.add_argument("--no-cache", action="store_true", help="compute everything at every step, as the official program")
+    top.add_argument("--format", default="mp4,png", help=f"any of {','.join(FORMATS)}; png: a folder (default mp4,png)")
+    top.add_argument("--no-cache", action="store_true", help="compute everything anew at each step, as the official code")
     top.add_argument("--out", metavar="DIR", help="a new folder (default: output/<date>-<time>-<seed>)")
     return top
 
@@ -69,7 +69,8 @@ def parser() -> argparse.ArgumentParser:
 def judge(given: argparse.Namespace) -> None:
     """All that can be refused before torch is imported."""
     if not given.data and not (given.ref and given.poses):
-        missing = " and ".join(flag for flag, value in (("--ref IMG", given.ref), ("--poses DIR", given.poses)) if not value)
+        needed = {"--ref IMG": given.ref, "--poses DIR": given.poses}
+        missing = " and ".join(flag for flag, value in needed.items() if not value)
         raise InputError(f"{missing} is missing: a photo of a person and the poses to dance (or --data YAML)")
     if given.layout and not given.data:
         raise InputError("--layout disco needs --data YAML")
@@ -81,7 +82,7 @@ def judge(given: argparse.Namespace) -> None:
                                    ("--every", given.every, 1, None),
                                    ("--overlap", given.overlap, 0, given.window - 1), ("--seed", given.seed, 0, 2**63)):
         if value is not None and (value < low or (high is not None and value > high)):
-            raise InputError(f"{flag} {value}; expected {low} to {high}" if high else f"{flag} {value}; expected {low} or more")
+            raise InputError(f"{flag} {value}; expected {low} {'or more' if high is None else f'to {high}'}")
     for flag, value in (("--eta", given.eta), ("--cfg", given.cfg), ("--pose-scale", given.pose_scale),
                         ("--background-scale", given.background_scale)):
         if not 0 <= value < float("inf"):
@@ -102,8 +103,8 @@ def judge(given: argparse.Namespace) -> None:
         if not given.weights and not given.sd:
             raise InputError(f"no weights: none of {', '.join(WEIGHTS)} is there; name some with --weights "
                              "(README: Official weights)")
-    for path in (given.ref, given.background, given.poses, given.data, given.weights, given.sd, given.latents, given.align,
-                 *(mask for mask in (given.ref_mask, given.background_mask) if mask != "black")):
+    for path in (given.ref, given.background, given.poses, given.data, given.weights, given.sd, given.latents,
+                 given.align, *(mask for mask in (given.ref_mask, given.background_mask) if mask != "black")):
         if path and not Path(path).exists():
             raise InputError(f"{path} is not there")
     given.out = Path(given.out or f"output/{datetime.now():%Y%m%d-%H%M%S}-{given.seed}")

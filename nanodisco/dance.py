@@ -105,7 +105,7 @@ class Track:
 
 
 class Set:
-    """Rows of a validation set, each with a reference of its own, unless --ref, --background or --poses is given."""
+    """Rows of a validation set; --ref replaces their people, --background their scenes, --poses their poses."""
 
     def __init__(self, given: Namespace, say: Say):
         self.size, self.rows = (given.width, given.height), Validation(given.data)
@@ -118,15 +118,16 @@ class Set:
     def batches(self, given: Namespace, clips: bool) -> list[range]:
         if not clips:
             return _cut(self.length, given.batch)
-        found = [clip for clip in self.rows.clips(given.window, given.every or given.window) if clip.stop <= self.length]
+        clips = self.rows.clips(given.window, given.every or given.window)
+        found = [clip for clip in clips if clip.stop <= self.length]
         if not found:
-            raise InputError(f"{given.data}: the first {self.length} rows hold no clip of {given.window} frames (--window)")
+            raise InputError(f"{given.data}: no clip of {given.window} frames (--window) in its first {self.length} rows")
         return found
 
     def shown(self, frames: range, clip_size: int, clip: bool) -> Shown:
         rows = [self.rows[i] for i in frames]
-        photos = [self.photo or (row.reference, row.mask) for row in (rows[:1] if clip else rows)]
-        scenes = [self.scene or photo for photo in photos]
+        own = [(row.reference, row.mask) for row in (rows[:1] if clip else rows)]
+        photos, scenes = ([given] * len(own) if given else own for given in (self.photo, self.scene))
         poses = [row.pose if self.poses is None else self.poses[i] for i, row in zip(frames, rows)]
         return Shown([row.key for row in rows],
                      torch.stack([transforms.reference(*photo, clip_size) for photo in photos]),
@@ -230,7 +231,7 @@ class Start:
 
     def _of_file(self, name: str, noise: Tensor, frames: range) -> Tensor:
         if frames.stop > len(noise):
-            raise InputError(f"{self.given.latents}: {name} has {len(noise)} frames; frame {frames.stop - 1} was asked for")
+            raise InputError(f"{self.given.latents}: {name} has {len(noise)} frames; {frames.stop} were asked for (-L)")
         return noise[frames.start:frames.stop]
 
 
@@ -270,7 +271,8 @@ class Results:
         formats = [] if self.official else self.given.format.split(",")
         for name in (name for name in formats if name != "png"):
             for what in ("video", "result"):
-                self.writers[what, name] = self.open.enter_context(video.writer(self.out / f"{what}.{name}", self.given.fps))
+                writer = video.writer(self.out / f"{what}.{name}", self.given.fps)
+                self.writers[what, name] = self.open.enter_context(writer)
         self.folder = self.out / "frames" if "png" in formats else None
         if self.official:
             self._official_settings()
@@ -302,7 +304,7 @@ class Results:
         of_references = {"ref": transforms.to_frames(reference.clamp(0, 1)),
                          "ref_control": transforms.to_frames(shown.background / 2 + 0.5)}
         for folder, pictures in (of_frames | of_references).items():
-            for key, picture in zip(shown.names, pictures):              # a clip has one reference, named by its first frame
+            for key, picture in zip(shown.names, pictures):              # the one reference of a clip: its first frame's
                 name = official_name(key)
                 if self.temporal and folder in of_frames:
                     name = Path(official_name(shown.names[0])).stem + "/" + official_frame_name(key)

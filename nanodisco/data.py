@@ -65,7 +65,8 @@ class Validation:
         clips, row = [], 0
         while row < len(self):
             video = self.video(row)
-            starts = [max(min(start, video.stop - frames), video.start) for start in range(video.start, video.stop, every)]
+            starts = [max(min(start, video.stop - frames), video.start)
+                      for start in range(video.start, video.stop, every)]
             clips += [range(start, min(start + frames, video.stop)) for start in dict.fromkeys(starts)]
             row = video.stop
         return clips

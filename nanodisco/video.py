@@ -130,7 +130,7 @@ def _mp4(path: Path, fps: float) -> Iterator[Callable[[Frame], None]]:
 
     def write(frame: Frame) -> None:
         nonlocal container, stream
-        frame = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")   # even sizes only
+        frame = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")   # to even
         if container is None:
             container = av.open(str(path), "w", options={"movflags": "+faststart"})
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001),
@@ -157,7 +157,7 @@ def _close(container) -> None:
     import av
 
     try:
-        container.close()                                                # writes the index: a disk can be full here, too
+        container.close()                                                # writes the index: the disk can be full here too
     except av.FFmpegError as error:
         raise OSError(error.errno, error.strerror) from None
 

@@ -225,10 +225,20 @@ def to_ours(tensors: Tensors, shapes: dict[str, torch.Size]) -> Tensors:
     ours = {}
     for key, shape in shapes.items():
         name = names.official(key)
-        parts = [tensors[theirs] for theirs in name.theirs]
-        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        tensor = _joined([tensors[theirs] for theirs in name.theirs])
         ours[key] = (tensor.T.contiguous() if name.transposed else tensor).reshape(shape)
     return ours
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """torch.cat, but not a copy where the parts lie one behind the other already, as in our own files."""
+    first, end = parts[0], parts[0].data_ptr()
+    block = first.untyped_storage().data_ptr()
+    for part in parts:
+        if part.data_ptr() != end or part.untyped_storage().data_ptr() != block or not part.is_contiguous():
+            return torch.cat(parts)
+        end += part.nbytes
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
 
 
 def to_official(ours: Tensors) -> Tensors:

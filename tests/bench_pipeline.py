@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 THEIRS = ("diffusers NCHW", "diffusers NHWC")
-LOADS = 3                              # times that each program is started; the last one stays
+LOADS = 3                              # times that each program is started to see how long it loads
 LIMITS = {"bf16": 0.55, "fp32": 0.45}
 
 
@@ -77,7 +77,8 @@ def diffusers(folder: Path, dtype, channels_last: bool, compiled: bool):
              inputs(load_config(folder / "ours" / "config.yaml"), dtype).items()}
     if channels_last:
         nets = [net.to(memory_format=torch.channels_last) for net in nets]
-        given = {name: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for name, x in given.items()}
+        given = {name: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+                 for name, x in given.items()}
     unet, pose, background = [torch.compile(net) for net in nets] if compiled else nets
 
     loaded = time.perf_counter() - began
@@ -142,7 +143,8 @@ def write_weights(folder: Path, dtype_name: str, tiny: bool) -> None:
     official = weights.to_official(model.state_dict())
     json_of_unet = sizes.to_config_json(config)["unet"]
     for name, prefix in (("unet", "unet."), ("pose", "controlnet.nets.0."), ("background", "controlnet.nets.1.")):
-        net = {key.removeprefix(prefix): tensor.contiguous() for key, tensor in official.items() if key.startswith(prefix)}
+        net = {key.removeprefix(prefix): tensor.contiguous() for key, tensor in official.items()
+               if key.startswith(prefix)}
         if name == "background":
             start = "controlnet_cond_embedding.conv_in."
             save_file({key.removeprefix(start): net.pop(key) for key in list(net) if key.startswith(start)},
@@ -162,21 +164,26 @@ def compare(dtype: str, rounds: int, compiled: bool, tiny: bool) -> dict:
         seen = {name: [] for name in programs}
         workers, ready = {}, {name: [] for name in programs}
 
+        def start(name: str) -> None:
+            command = [sys.executable, __file__, "--work", name, "--folder", folder, "--dtype", dtype]
+            workers[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                             stderr=subprocess.DEVNULL, env=environment)
+
         def step(name: str, t: int) -> dict:
             print(t, file=workers[name].stdin, flush=True)
             return json.loads(workers[name].stdout.readline())
 
-        for attempt in range(LOADS):
-            for name in programs:
-                if name in workers:
-                    workers.pop(name).kill()
-                forget_files(Path(folder))
-                command = [sys.executable, __file__, "--work", name, "--folder", folder, "--dtype", dtype]
-                workers[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                                 stderr=subprocess.DEVNULL, env=environment)
-                loaded = json.loads(workers[name].stdout.readline())["loaded"]
-                if attempt == LOADS - 1 or "compiled" not in name:
-                    ready[name].append(loaded + step(name, 981)["seconds"])
+        for name in ["ours", *THEIRS] * LOADS:                           # each alone: files in use cannot be forgotten
+            forget_files(Path(folder))
+            start(name)
+            loaded = json.loads(workers[name].stdout.readline())["loaded"]
+            ready[name].append(loaded + step(name, 981)["seconds"])
+            workers[name].kill()
+            workers.pop(name).wait()
+        for name in programs:
+            start(name)
+            json.loads(workers[name].stdout.readline())
+            step(name, 981)
         for i in range(1, rounds + 1):
             for name in workers:
                 seen[name].append(step(name, 981 - 20 * i))
@@ -184,7 +191,7 @@ def compare(dtype: str, rounds: int, compiled: bool, tiny: bool) -> dict:
             worker.stdin.close()
             worker.wait()
     step = {name: statistics.median(one["seconds"] for one in steps) for name, steps in seen.items()}
-    return {name: {"step": step[name], "load": statistics.median(ready[name]) - step[name],
+    return {name: {"step": step[name], "load": statistics.median(ready[name] or [float("nan")]) - step[name],
                    "peak": steps[-1]["peak"], "out": steps[-1]["out"]} for name, steps in seen.items()}
 
 
@@ -232,8 +239,8 @@ def main() -> None:
 
     processor = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                       if line.startswith("model name")), platform.processor())
-    machine = {"processor": processor, "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability(),
-               "torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
+    machine = {"processor": processor, "threads": torch.get_num_threads(),
+               "capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
     print(machine)
     result = {"machine": machine}
     for dtype in given.dtype:

@@ -17,7 +17,8 @@ available = pytest.mark.skipif(bool(cpu.unavailable(torch.float32)), reason="thi
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("layer, shape", [
     (nn.Conv2d(8, 16, 3, padding=1), (2, 8, 9, 7)), (nn.Conv2d(8, 8, 3, stride=2), (1, 8, 33, 33)),
-    (nn.Conv2d(4, 40, 1), (3, 4, 5, 6)), (nn.Linear(24, 40), (2, 5, 24)), (nn.Linear(24, 40, bias=False), (7, 24))], ids=str)
+    (nn.Conv2d(4, 40, 1), (3, 4, 5, 6)), (nn.Linear(24, 40), (2, 5, 24)),
+    (nn.Linear(24, 40, bias=False), (7, 24))], ids=str)
 def test_packed_layer_gives_the_plain_answer(layer, shape, dtype, close):
     torch.manual_seed(0)
     net, x = nn.Sequential(copy.deepcopy(layer)).to(dtype).requires_grad_(False), torch.randn(shape).to(dtype)

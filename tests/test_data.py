@@ -42,7 +42,8 @@ def test_reference_is_the_first_frame_of_the_video(folder):
     assert row.key == "key1" and row.target.getpixel((0, 0))[0] == 100 and row.reference.getpixel((0, 0))[0] == 0
 
 
-@pytest.mark.parametrize("frames, every, wanted", [(2, 2, [(0, 2)]), (1, 1, [(0, 1), (1, 2)]), (3, 3, [(0, 2)]), (2, 1, [(0, 2)])])
+@pytest.mark.parametrize("frames, every, wanted", [(2, 2, [(0, 2)]), (1, 1, [(0, 1), (1, 2)]), (3, 3, [(0, 2)]),
+                                                   (2, 1, [(0, 2)])])
 def test_clips_stay_within_their_video(folder, frames, every, wanted):
     assert Validation(folder / "val.yaml").clips(frames, every) == [range(*rows) for rows in wanted]
 
@@ -60,7 +61,8 @@ def test_last_clip_begins_earlier_so_that_it_is_whole(folder):
 @pytest.mark.parametrize("name, content, words", [
     ("val.yaml", "img: none.tsv", "no `poses`"), ("val.yaml", "composite: true", "composite"),
     ("val_poses.tsv", "key0\tx\n", "different length"), ("val_images.lineidx", "0\n9999999\n", "no picture"),
-    ("val_images.lineidx", "zero", "cannot be read"), ("val_vid2line.tsv", "key0\tfirst\nkey1\tsecond\n", "expected \\[first"),
+    ("val_images.lineidx", "zero", "cannot be read"),
+    ("val_vid2line.tsv", "key0\tfirst\nkey1\tsecond\n", "expected \\[first"),
     ("val_vid2line.tsv", "key0\t[0, 1]\nkey1\t[1, 2]\n", "given as offsets"),
     ("val_images.tsv", "key0\tAAAA\nkey1\tAAAA\n", "no picture")], ids=str)
 def test_a_set_that_does_not_fit_is_refused(folder, name, content, words):

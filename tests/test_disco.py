@@ -62,7 +62,8 @@ def test_guidance_of_one_is_the_plain_network_and_of_zero_the_unconditional_one(
                 for guidance in (1.0, 2.0))
     with torch.no_grad():
         assert torch.equal(one(given("latents"), t), answer(net))
-        assert_close(two(given("latents"), t), 2 * answer(net) - answer(net, shown(tokens=uncond)), rtol=1e-4, atol=1e-5)
+        wanted = 2 * answer(net) - answer(net, shown(tokens=uncond))
+        assert_close(two(given("latents"), t), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_with_a_pose_net_says_so_when_there_is_no_pose():

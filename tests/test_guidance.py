@@ -73,7 +73,8 @@ def test_memo_keeps_only_when_asked():
 
 # ---- Windows ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("frames, window, overlap", [(40, 16, 4), (17, 16, 4), (16, 16, 4), (5, 16, 4), (33, 8, 0), (9, 4, 3)])
+@pytest.mark.parametrize("frames, window, overlap", [(40, 16, 4), (17, 16, 4), (16, 16, 4), (5, 16, 4), (33, 8, 0),
+                                                     (9, 4, 3)])
 def test_windows_cover_every_frame_with_the_overlap_or_more(frames, window, overlap):
     parts = windows(frames, window, overlap)
     assert {i for part in parts for i in part} == set(range(frames))

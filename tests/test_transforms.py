@@ -44,7 +44,8 @@ def test_demo_inputs_are_the_official_ones(name):
     person, scene, pose = (Image.open(PHOTOS / recorded[which]) for which in ("foreground", "background", "pose"))
     hole = ImageOps.invert(transforms.not_black(scene))
     assert probes(transforms.pose(pose, (256, 256)), recorded["cond_imgs"]) <= 1e-5
-    assert probes(transforms.reference(person, transforms.not_black(person), 224, True), recorded["reference_img"]) <= 1e-5
+    reference = transforms.reference(person, transforms.not_black(person), 224, True)
+    assert probes(reference, recorded["reference_img"]) <= 1e-5
     assert probes(transforms.background(scene, hole, (256, 256), True), recorded["reference_img_controlnet"]) <= 1e-5
 
 
@@ -92,4 +93,5 @@ def test_binary_mask_keeps_every_trace_of_the_person():
 
 
 def test_frames_are_rounded_and_clamped():
-    assert transforms.to_frames(torch.tensor([-0.1, 0.498, 0.499, 2.0]).reshape(1, 1, 1, 4))[0, 0, :, 0].tolist() == [0, 127, 127, 255]
+    pictures = torch.tensor([-0.1, 0.498, 0.499, 2.0]).reshape(1, 1, 1, 4)
+    assert transforms.to_frames(pictures)[0, 0, :, 0].tolist() == [0, 127, 127, 255]

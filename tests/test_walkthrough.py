@@ -4,19 +4,23 @@ import re
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from formula import build, given, model, recorded
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import attention, group_norm_silu
-from nanodisco import diffusion, sampling, temporal, transformer, unet, vae
+from nanodisco import diffusion, pose, sampling, temporal, transformer, transforms, unet, vae
 from nanodisco.config import ModelConfig, load
 from nanodisco.controlnet import ControlNet
+from nanodisco.disco import Conditions, DisCo
+from nanodisco.guidance import windowed, windows
 from nanodisco.layers import ResBlock, time_features
 from nanodisco.memo import Memo
 from nanodisco.temporal import TemporalAttention, fold, unfold
-from nanodisco.transformer import CrossAttention, SelfAttention, SpatialTransformer
+from nanodisco.transformer import Context, CrossAttention, SelfAttention, SpatialTransformer
 from nanodisco.unet import UNet
 
 ROOT = Path(__file__).parent.parent
@@ -50,9 +54,11 @@ def full_size(*arguments: str) -> ModelConfig:
 
 @cache
 def on_meta(kind: str, *arguments: str):
-    """A network at its true size without memory for its values.   kind: unet | pose | background"""
+    """A network at its true size without memory for its values.   kind: unet | pose | background | all"""
     config = full_size(*arguments)
     with torch.device("meta"):
+        if kind == "all":
+            return DisCo(config)
         return UNet(config.unet) if kind == "unet" else ControlNet(getattr(config, kind), config.unet)
 
 
@@ -158,6 +164,27 @@ def test_exercise_controlnet_what_learns_in_which_step():
          "open in step 1, the one at the end of the hint in step 2, and in step **3**")
     widths = [zero.out_channels for zero in zero_convolutions(on_meta("pose"))]
     assert [widths[:-1].count(w) for w in (320, 640, 1280)] == [4, 3, 5] and widths[-1] == 1280
+
+
+def test_exercise_conditions_pixels_of_a_large_photo_that_clip_sees():
+    photo = torch.zeros(1, 1, 2160, 2160, requires_grad=True)
+    size = full_size().clip.image_size
+    torch.nn.functional.interpolate(photo, (size, size), mode="bicubic", align_corners=False).sum().backward()
+    assert [f"{100 * (photo.grad != 0).float().mean():.3g}"] == answers("Conditions")
+    says("Conditions", f"2160 × 2160 pixels is shrunk to {size} × {size}",
+         f"2160/{size} = {2160 / size:.2f} pixels apart", f"4 · {size} = {4 * size} columns", f"({4 * size}/2160)^2")
+
+
+def test_exercise_sampling_the_share_of_a_window():
+    parts = windows(40, 16, 4)
+    says("Sampling", "A clip of 40 frames is made in windows of 16 that share 4. At frame 13,",
+         "frames {} to {}, {} to {} and {} to {}.".format(*(end for part in parts for end in (part[0], part[-1]))))
+    answer = {part: float(i == 0) for i, part in enumerate(parts)}       # only the first window says 1
+    ask = windowed(lambda part: lambda z, t: torch.full_like(z, answer[part]), lambda part: part, parts)
+    share = ask(torch.zeros(1, 1, 40, 1, 1), torch.zeros(1)).flatten()
+    assert [f"{share[13]:.1f}"] == answers("Sampling")
+    torch.testing.assert_close(share[14], 1 - share[13])
+    says("Sampling", "the third from the end of the first and the second of the next: weights 3 and 2")
 
 
 # ---- The other numbers -----------------------------------------------------------------------------
@@ -292,13 +319,48 @@ def test_the_letters_have_the_written_values():
         assert f"| {written}" in row(f"{start} |")
 
 
+def test_a_stick_leaves_what_it_crosses_visible():
+    cross = np.full((17, 3), -1.0)
+    cross[[5, 6, 7, 8], :2] = (10, 10), (50, 10), (50, 50), (10, 50)     # both upper arms, crossed
+    colours = {tuple(colour) for colour in pose.draw([cross], (60, 60)).reshape(-1, 3)}
+    one = pose.draw([np.where(np.isin(np.arange(17), (5, 7))[:, None], cross, -1)], (60, 60))[30, 30]
+    other = pose.draw([np.where(np.isin(np.arange(17), (6, 8))[:, None], cross, -1)], (60, 60))[30, 30]
+    assert {tuple(one), tuple(other)} <= colours and len(pose.COLOURS) == 18 and len(pose.LIMBS) == 17
+    both = pose.draw([cross], (60, 60))[30, 30]
+    assert not np.array_equal(both, one) and not np.array_equal(both, other)
+    says("Conditions", "18 discs and 17 sticks", "an opacity of 0.6")
+
+
+def test_what_is_cut_away_is_the_mean_colour_for_clip_and_middle_grey_for_the_scene():
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    nobody, everywhere = Image.new("L", photo.size), Image.new("L", photo.size, 255)
+    shown = transforms.from_clip(transforms.reference(photo, nobody, 32)[None])[0]
+    torch.testing.assert_close(shown, torch.tensor(transforms.CLIP_MEAN)[:, None, None].expand_as(shown))
+    assert not transforms.background(photo, everywhere, (32, 32)).any()                  # 0 in [-1, 1]
+
+
+def test_multiply_adds_of_a_step_with_guidance_are_as_written():
+    model, twice = on_meta("all"), lambda x: torch.cat([x, x])
+    with torch.device("meta"):
+        z, tokens, skeleton = torch.empty(1, 4, 32, 32), torch.empty(1, 257, 768), torch.empty(1, 3, 256, 256)
+        t = torch.zeros(1, dtype=torch.long)
+    plain = Conditions(twice(tokens), twice(skeleton), twice(z))
+    kept = Conditions(Context(Memo(tokens, keep=True), rows=2, blind=1), Memo(skeleton, keep=True), Memo(z, keep=True))
+    step = Memo(t, keep=True)
+    model(z, step, kept)                                                 # all that is made once
+    billions = [sum(multiply_adds(model, *arguments).values()) / 1e9
+                for arguments in ((twice(z), twice(t), plain), (z, step, kept))]
+    says("Sampling", f"takes {billions[0]:.1f} billion multiply-adds", f"and {billions[1]:.1f} with this")
+
+
 # ---- Shapes: each one in a table is that of a tensor of a run at full size ---------------------------
 
 B, F = 2, 7                            # 2 and 7 are no other number in any shape
+HALF = 11                              # pictures of a step with guidance; 22 is no other number either
 
 
 def written(shape) -> str:
-    words = {B * F: "B·F", B: "B", F: "F", F * 1024: "F·1024"}
+    words = {B * F: "B·F", B: "B", F: "F", F * 1024: "F·1024", HALF: "B", 2 * HALF: "2·B"}
     return "(" + ", ".join(words.get(n, str(n)) for n in shape) + ")"
 
 
@@ -352,7 +414,7 @@ def traced() -> dict[str, list]:
     shapes["q, k, v of [`SelfAttention`]"], shapes["q, k, v of [`TemporalAttention`]"] = [own[0]], [along[0]]
     shapes["its scores, which"] = [(own[0][0], own[0][2], own[0][1], own[0][1])]
     shapes["its scores |"] = [(along[0][0] // F, along[0][1], along[0][2], F, F)]
-    shapes["q of"], shapes["its k and v"] = [cross[0]], [cross[1]]
+    shapes["q of [`CrossAttention`]"], shapes["its k and v"] = [cross[0]], [cross[1]]
 
     runs = [(one, one(z, t, tokens, hint, frames), hint, one.hint(hint))
             for one, hint in ((pose, fold(skeleton)[0]), (background, latent))]
@@ -360,12 +422,56 @@ def traced() -> dict[str, list]:
                         "last residual": lambda r: r[1][-1]}.items():
         shapes[start] = [pick(r).shape for r in runs]
     assert {len(r[1]) for r in runs} == {13}
-    return shapes
+    return shapes | traced_conditions() | traced_guidance()
+
+
+def traced_conditions() -> dict[str, list]:
+    """From a photo to what the UNet is given."""
+    model, photo = on_meta("all", "--unet.temporal=true"), Image.new("RGB", (300, 400))
+    mask, size = Image.new("L", photo.size), (256, 256)
+    reference = torch.stack([transforms.reference(photo, mask, model.config.clip.image_size)] * B).to("meta")
+    scene = torch.stack([transforms.background(photo, mask, size)] * B).to("meta")
+    skeleton = unfold(torch.stack([transforms.pose(photo, size)] * (B * F)), F).to("meta")
+    seen = model.conditions(reference, scene, skeleton)
+    given = []
+    hook = model.unet.register_forward_pre_hook(lambda module, arguments: given.extend(arguments))
+    with torch.device("meta"):
+        model(torch.empty(B, 4, F, 32, 32), torch.zeros(B, dtype=torch.long), seen)
+    hook.remove()
+    says("Conditions", f"the first of {len(given[3])}")
+    return {start: [x.shape] for start, x in
+            {"person, for CLIP": reference, "its tokens": seen.tokens, "scene": scene, "its latent": seen.background,
+             "pose picture": fold(skeleton)[0], "summed residuals": given[3][0]}.items()}
+
+
+def traced_guidance() -> dict[str, list]:
+    """A step whose halves part at the first cross-attention."""
+    model, block, seen, asked = on_meta("all"), "unet.encoder.down.0.attn.0.block", {}, []
+    with torch.device("meta"):
+        z, tokens, t = torch.empty(HALF, 4, 32, 32), Memo(torch.empty(HALF, 257, 768)), torch.zeros(1, dtype=torch.long)
+        shown = Conditions(Context(tokens, rows=2 * HALF, blind=HALF), torch.empty(HALF, 3, 256, 256), z)
+    hooks = [model.get_submodule(path).register_forward_hook(
+        lambda module, given, out, start=start: seen.update({start: [out.shape]}))
+        for start, path in (("after the first self", f"{block}.self_attn"), ("after the first cross", block),
+                            ("the two answers", "unet"))]
+    hooks.append(model.get_submodule(f"{block}.cross_attn").register_forward_pre_hook(lambda *call: asked.append(call)))
+    looked = []
+
+    def noted(q, k, v):
+        looked.extend([q.shape] if asked else [])
+        return attention(q, k, v)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformer, "attention", noted)
+        model(z, t, shown)
+    for hook in hooks:
+        hook.remove()
+    return seen | {"latent, as": [z.shape], "q of the half": looked[:1]}
 
 
 def shapes_in(line: str) -> list[str]:
     """With the number of such tensors before it, if there is one."""
-    return re.findall(r"(?:\d × )?\(B[^()]*\)", line)
+    return re.findall(r"(?:\d × )?\((?:2·)?B[^()]*\)", line)
 
 
 @pytest.mark.parametrize("line", list(filter(shapes_in, ROWS)), ids=lambda line: line.split("|")[1].strip())
@@ -412,7 +518,7 @@ def test_every_link_stays_inside_the_repository():
 
 
 def test_every_chapter_has_one_exercise_with_an_answer():
-    assert list(CHAPTERS) == ["Diffusion", "Layers", "Transformer", "UNet", "ControlNet"]
+    assert list(CHAPTERS) == ["Diffusion", "Layers", "Transformer", "UNet", "ControlNet", "Conditions", "Sampling"]
     assert all(text.count("**Exercise.**") == 1 and answers(name) for name, text in CHAPTERS.items())
 
 

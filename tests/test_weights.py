@@ -418,3 +418,11 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
 
 def test_a_base_model_without_an_image_encoder_is_refused(tmp_path):
     assert "no weights of clip_image_encoder" in error_of(write_compvis(tmp_path / "sd.ckpt"))
+
+
+def test_packed_matrices_of_our_own_files_are_not_copied():
+    ours = model("image").state_dict()
+    back = weights.to_ours(weights.to_official(ours), {key: tensor.shape for key, tensor in ours.items()})
+    for key, tensor in ours.items():
+        assert torch.equal(back[key], tensor)
+        assert back[key].data_ptr() == tensor.data_ptr() or not key.endswith(("qkv.weight", "kv.weight"))
