@@ -58,10 +58,10 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--fps", type=float, default=8.0, help="of the video (default 8)")
     top.add_argument("--window", type=int, default=16, help="video model: frames it sees at once (default 16)")
     top.add_argument("--overlap", type=int, help="video model: frames that windows share (default 4, or all but one)")
-    top.add_argument("--every", type=int, metavar="ROWS", help="video model with --data: a clip begins every so many rows; "
+    top.add_argument("--every", type=int, metavar="ROWS", help="video model with --data: rows between clips; "
                      "1 as the official evaluation (default: --window, so that clips do not overlap)")
     top.add_argument("--format", default="mp4,png", help=f"any of {','.join(FORMATS)}; png: a folder (default mp4,png)")
-    top.add_argument("--no-cache", action="store_true", help="compute everything anew at each step, as the official code")
+    top.add_argument("--no-cache", action="store_true", help="compute everything at each step, as the official code")
     top.add_argument("--out", metavar="DIR", help="a new folder (default: output/<date>-<time>-<seed>)")
     return top
 

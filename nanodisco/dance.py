@@ -121,7 +121,7 @@ class Set:
         clips = self.rows.clips(given.window, given.every or given.window)
         found = [clip for clip in clips if clip.stop <= self.length]
         if not found:
-            raise InputError(f"{given.data}: no clip of {given.window} frames (--window) in its first {self.length} rows")
+            raise InputError(f"{given.data}: no clip of --window {given.window} frames in the first {self.length} rows")
         return found
 
     def shown(self, frames: range, clip_size: int, clip: bool) -> Shown:
@@ -304,7 +304,7 @@ class Results:
         of_references = {"ref": transforms.to_frames(reference.clamp(0, 1)),
                          "ref_control": transforms.to_frames(shown.background / 2 + 0.5)}
         for folder, pictures in (of_frames | of_references).items():
-            for key, picture in zip(shown.names, pictures):              # the one reference of a clip: its first frame's
+            for key, picture in zip(shown.names, pictures):              # a clip has one reference
                 name = official_name(key)
                 if self.temporal and folder in of_frames:
                     name = Path(official_name(shown.names[0])).stem + "/" + official_frame_name(key)

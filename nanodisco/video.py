@@ -157,7 +157,7 @@ def _close(container) -> None:
     import av
 
     try:
-        container.close()                                                # writes the index: the disk can be full here too
+        container.close()                                                # writes the index; a full disk fails here too
     except av.FFmpegError as error:
         raise OSError(error.errno, error.strerror) from None
 

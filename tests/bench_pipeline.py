@@ -240,7 +240,8 @@ def main() -> None:
     processor = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                       if line.startswith("model name")), platform.processor())
     machine = {"processor": processor, "threads": torch.get_num_threads(),
-               "capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
+               "capability": torch.backends.cpu.get_cpu_capability(),
+               "torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
     print(machine)
     result = {"machine": machine}
     for dtype in given.dtype:
