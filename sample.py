@@ -26,7 +26,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--background", metavar="IMG", help="default: the photo without the person")
     top.add_argument("--background-mask", metavar="IMG|black", help="white (or what is black) is a hole to be filled; "
                      "default: what is transparent")
-    top.add_argument("--poses", metavar="DIR|JSON|TSV", help="pose pictures; OpenPose, DWPose or COCO keypoints")
+    top.add_argument("--poses", metavar="DIR|JSON|TSV|VIDEO", help="pose pictures; OpenPose, DWPose or "
+                     "COCO keypoints; a video, if MediaPipe is installed")
     top.add_argument("--pose-size", metavar="WxH", help="frame size of keypoints that do not say it (default: --ref's)")
     top.add_argument("--align", metavar="JSON", help="move the track to where this pose, the reference's own, stands")
     top.add_argument("--data", metavar="YAML", help="a validation set of TSV files instead of --ref and --poses; "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from nanodisco import pose, transforms, video
+from nanodisco import estimate, pose, transforms, video
 from nanodisco.errors import InputError
 from nanodisco.tsv import Table
 
@@ -17,7 +17,7 @@ Say = Callable[[str], None]
 def photo(path: str, mask: str | None, say: Say) -> tuple[Image.Image, Image.Image]:
     """The reference and where the person is in it.   -> RGB, L (255 is the person)
 
-    mask: a picture; "black": the person was cut out on black; None: the picture's own alpha.
+    mask: a picture; "black": the person was cut out on black; None: the picture's own alpha, else estimated.
     """
     picture = video.picture(path)
     if mask == "black":
@@ -28,11 +28,14 @@ def photo(path: str, mask: str | None, say: Say) -> tuple[Image.Image, Image.Ima
             say(f"{mask} is {_size(found)}, {path} {_size(picture)}: the mask is resized")
     elif picture.mode == "RGBA":
         found = picture.getchannel("A")
+    elif estimate.installed():
+        found = estimate.mask(picture)
+        say(f"{path}: the person was found by MediaPipe (--ref-mask MASK.png says better)")
     else:
         raise InputError(f"{path} does not say where the person is. Give a mask with --ref-mask MASK.png (white is the "
-                         "person), or a picture with transparency, or one cut out on black with --ref-mask black")
+                         f"person), or a picture with transparency, or have the person found: {estimate.INSTALL}")
     if not found.getbbox():
-        raise InputError(f"the mask of {path} ({mask or 'its alpha'}) is empty: no person in it; white is the person")
+        raise InputError(f"the mask of {path} ({mask or 'its own'}) is empty: no person in it; white is the person")
     return picture.convert("RGB"), found
 
 
@@ -67,7 +70,7 @@ class Poses:
 
 
 def poses(path: str, canvas: tuple[int, int], align_to: str | None, say: Say) -> Poses:
-    """A folder of pose pictures or of JSON files, one JSON file of a track, or a TSV file.
+    """A folder of pose pictures or of JSON files, one JSON file of a track, a TSV file, or a video.
 
     canvas: (width, height) that keypoints refer to where the file does not say. align_to: JSON of the
     reference's own pose, which the track is moved to.
@@ -87,9 +90,11 @@ def poses(path: str, canvas: tuple[int, int], align_to: str | None, say: Say) ->
         frames = [frame for file in found for frame in pose.read(file)]
     elif place.suffix.lower() == ".json":
         frames = pose.read(place)
+    elif estimate.installed():
+        frames = list(estimate.poses(video.read(place)))
     else:
-        raise InputError(f"{path}: poses of a video have to be found first. Run a pose estimator on it (OpenPose or "
-                         "DWPose, JSON output) and give the folder of JSON files")
+        raise InputError(f"{path}: the poses of a video have to be found first. Give the JSON files of OpenPose or "
+                         f"DWPose, or have them found: {estimate.INSTALL}")
     return _of_keypoints(frames, canvas, align_to, path, say)
 
 

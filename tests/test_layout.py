@@ -12,7 +12,7 @@ ROWS = [                               # a file imports only from rows above its
     ["kernels"],
     ["errors"],
     ["config", "files", "memo", "names", "pose", "temporal", "transforms", "tsv", "unpickle"],
-    ["data", "diffusion", "layers", "sizes", "transformer", "video"],
+    ["data", "diffusion", "estimate", "layers", "sizes", "transformer", "video"],
     ["clip", "inputs", "sampling", "vae", "weights"],
     ["unet"],
     ["controlnet"],
@@ -22,7 +22,8 @@ ROWS = [                               # a file imports only from rows above its
 
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}
 FILES = sorted(path for package in ("nanodisco", "kernels") for path in (ROOT / package).rglob("*.py"))
-NOT_FOR_ALL = {"av", "diffusers", "lpips", "open_clip", "scipy", "torchvision", "transformers"}     # slow, or test-only
+NOT_FOR_ALL = {"av", "diffusers", "lpips", "mediapipe", "open_clip", "scipy", "torchvision",
+               "transformers"}         # slow, or not for all
 
 
 def imported(source: str) -> set[str]:
