@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
                                   epilog="docs/from-disco.md has these flags beside those of the official program.")
     top.add_argument("--ref", metavar="IMG", help="photo of the person")
     top.add_argument("--ref-mask", metavar="IMG|black", help="white is the person; black: the person was cut out on "
-                     "black; default: the photo's transparency")
+                     "black; default: the photo's transparency, else MediaPipe's")
     top.add_argument("--background", metavar="IMG", help="default: the photo without the person")
     top.add_argument("--background-mask", metavar="IMG|black", help="white (or what is black) is a hole to be filled; "
                      "default: what is transparent")
