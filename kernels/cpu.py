@@ -2,8 +2,9 @@
 
 oneDNN multiplies with weights cut into blocks that fit the processor's registers. PyTorch hands it
 plain weights, so it blocks them anew at every call, which at the small sizes of a UNet can take longer
-than the multiplication. `prepack` swaps the layers for twins that block their weight once. For
-inference only: a packed layer has no gradient and cannot be saved.
+than the multiplication. `prepack` swaps the layers for twins that block their weight once, at their
+first call, when the size of the input is known. For inference only: a packed layer has no gradient and
+cannot be saved.
 
 The operations are PyTorch's own but private (torch.compile ends in them). So they are tried first,
 and where they are missing or wrong the model stays as it is.
@@ -13,43 +14,75 @@ import sys
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, linear
+from torch.nn.functional import conv2d, linear, pad
 
-ROWS, SIZE = 256, 8                    # of the input that the blocks are chosen for; measured to suit other sizes too
+FEW = 128                              # pixels of a batch; for so few a convolution is faster as a matrix product
+
 
 class PackedLinear(nn.Module):
     """nn.Linear.   (..., K) -> (..., N)"""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d):
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.data.flatten(1), ROWS)
+        self.weight, self.packed = layer.weight.data, False
         self.bias = None if layer.bias is None else layer.bias.data
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
+        if not self.packed:
+            self._pack(torch.ops.mkldnn._reorder_linear_weight(self._matrix(), x[..., 0].numel()))
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+    def _matrix(self) -> Tensor:
+        """(N, K)"""
+        return self.weight.flatten(1)
+
+    def _pack(self, packed: Tensor) -> None:
+        leave_to_the_file(self.weight)
+        self.weight, self.packed = packed, True
 
 
 class PackedPointwise(PackedLinear):
     """nn.Conv2d of one pixel: a linear layer over the channels.   (B, C_in, H, W) -> (B, C_out, H, W)"""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
+        return self._product(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
 
 
-class PackedConv2d(nn.Module):
-    """nn.Conv2d; its output is channels last.   (B, C_in, H, W) -> (B, C_out, H', W')"""
+class PackedConv2d(PackedLinear):
+    """nn.Conv2d; its output is channels last.   (B, C_in, H, W) -> (B, C_out, H', W')
+
+    Of few pixels with a large matrix each, reading the matrix takes the time; a product of matrices
+    reads it about twice as fast as oneDNN's convolution.
+    """
 
     def __init__(self, layer: nn.Conv2d):
-        super().__init__()
+        super().__init__(layer)
         self.geometry = (layer.padding, layer.stride, layer.dilation, layer.groups)
-        plain = layer.weight.data.contiguous(memory_format=torch.channels_last)
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(
-            plain, *self.geometry, [1, layer.in_channels, SIZE, SIZE])
-        self.bias = None if layer.bias is None else layer.bias.data
+        self.as_product = False
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
+        if not self.packed:
+            of_three = self.weight.shape[2:] == (3, 3) and self.geometry == ((1, 1), (1, 1), (1, 1), 1)
+            self.as_product = of_three and len(x) * x.shape[2] * x.shape[3] <= FEW
+            if not self.as_product:
+                plain = self.weight.contiguous(memory_format=torch.channels_last)
+                self._pack(torch.ops.mkldnn._reorder_convolution_weight(plain, *self.geometry, x.shape))
+        if self.as_product:
+            return self._product(_neighbourhoods(x)).permute(0, 3, 1, 2)
         return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.geometry, "none", [], "")
+
+    def _matrix(self) -> Tensor:
+        return self.weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def _neighbourhoods(x: Tensor) -> Tensor:
+    """Each pixel with the eight around it.   (B, C, H, W) -> (B, H, W, 9 C)"""
+    padded = pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+    return padded.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3).flatten(3)
 
 
 def unavailable(dtype: torch.dtype) -> str:
@@ -58,13 +91,14 @@ def unavailable(dtype: torch.dtype) -> str:
         return f"oneDNN has no {str(dtype).removeprefix('torch.')} here"
     with torch.no_grad():
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(2, 8, 6, 5, generator=generator).to(dtype)
+        few, x = (torch.randn(2, 8, 6, width, generator=generator).to(dtype) for width in (5, FEW))
         conv, line = nn.Conv2d(8, 16, 3, padding=1).to(dtype), nn.Linear(5, 7).to(dtype)
         try:
-            got = PackedConv2d(conv)(x), PackedLinear(line)(x)
+            got = PackedConv2d(conv)(x), PackedConv2d(conv)(few), PackedLinear(line)(few)
         except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
             return f"PyTorch {torch.__version__} refuses them ({str(error).splitlines()[0]})"
-        wanted = conv2d(x, conv.weight, conv.bias, padding=1), linear(x, line.weight, line.bias)
+        wanted = [conv2d(each, conv.weight, conv.bias, padding=1) for each in (x, few)]
+        wanted.append(linear(few, line.weight, line.bias))
     allowed = 1e-5 if dtype == torch.float32 else 2e-2
     if any((a - b).abs().max() > allowed * b.abs().max() for a, b in zip(got, wanted)):
         return f"PyTorch {torch.__version__} answers with wrong numbers"
@@ -82,8 +116,6 @@ def prepack(model: nn.Module) -> None:
         else:
             if layer is not None:
                 prepack(layer)
-            continue
-        leave_to_the_file(layer.weight.data)
 
 
 def leave_to_the_file(weight: Tensor) -> None:

@@ -11,7 +11,7 @@ coloured dots, 17 coloured sticks at 60 %, as DisCo was trained on, equal to it 
 import json
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ LIMBS = ((1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10)
 COLOURS = ((255, 0, 0), (255, 85, 0), (255, 170, 0), (255, 255, 0), (170, 255, 0), (85, 255, 0), (0, 255, 0),
            (0, 255, 85), (0, 255, 170), (0, 255, 255), (0, 170, 255), (0, 85, 255), (0, 0, 255), (85, 0, 255),
            (170, 0, 255), (255, 0, 255), (255, 0, 170), (255, 0, 85))                # of dot i and of limb i
+KEPT = 48                              # half the length of limbs whose shape is remembered, in pixels
 RADIUS = WIDTH = 4                     # of a dot; half of a limb's width: in pixels of the frame, whatever its size
 
 
@@ -107,8 +108,19 @@ def _stick(a: np.ndarray, b: np.ndarray, size: tuple[int, int]) -> tuple[int, in
     """The ellipse around the limb from a to b on a canvas of that size.   -> left, top, mask"""
     centre = [int((a[0] + b[0]) / 2), int((a[1] + b[1]) / 2)]
     length = math.hypot(a[1] - b[1], a[0] - b[0])
-    angle = int(math.degrees(math.atan2(a[1] - b[1], a[0] - b[0])))
-    return _filled(_ellipse(centre, (int(length / 2), WIDTH), angle), size)
+    angle, half = int(math.degrees(math.atan2(a[1] - b[1], a[0] - b[0]))), int(length / 2)
+    reach = max(half, WIDTH) + 1
+    if half > KEPT or not all(reach <= at < end - reach for at, end in zip(centre, size)):
+        return _filled(_ellipse(centre, (half, WIDTH), angle), size)
+    home = [KEPT * 2 + at % 2 for at in centre]                          # halves are rounded to even numbers
+    left, top, mask = _kept(half, angle, *home)
+    return left + centre[0] - home[0], top + centre[1] - home[1], mask
+
+
+@lru_cache(maxsize=8192)
+def _kept(half: int, angle: int, x: int, y: int) -> tuple[int, int, np.ndarray]:
+    """An ellipse that no border cuts looks the same wherever it is."""
+    return _filled(_ellipse([x, y], (half, WIDTH), angle), (4 * KEPT, 4 * KEPT))
 
 
 @cache

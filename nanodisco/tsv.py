@@ -1,6 +1,6 @@
 """TSV: the official program's files of many pictures, one row a picture.
 
-    NAME.tsv       key <TAB> base64 of a JPEG <LF>
+    NAME.tsv       key <TAB> base64 of a picture file <LF>
     NAME.lineidx   byte offset of each row, decimal, one a line
 """
 import base64
@@ -58,3 +58,40 @@ class Table:
             return Image.open(io.BytesIO(base64.b64decode(fields[column], validate=True))).convert("RGB")
         except (ValueError, IndexError, OSError):
             raise InputError(f"{self.path}, row {i}: no picture in it; the .lineidx may be of another file") from None
+
+
+class Writer:
+    """Rows into NAME.tsv and NAME.lineidx.
+
+        with Writer("train_images.tsv") as table:
+            table.write("key", encoded(picture))
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def __enter__(self) -> "Writer":
+        self.rows = open(self.path, "w", encoding="utf-8", newline="\n")
+        self.index = open(self.path.with_suffix(".lineidx"), "w", encoding="utf-8", newline="\n")
+        self.offset = 0
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.rows.close()
+        self.index.close()
+
+    def write(self, *fields) -> None:
+        row = "\t".join(map(str, fields)) + "\n"
+        self.rows.write(row)
+        self.index.write(f"{self.offset}\n")
+        self.offset += len(row.encode())
+
+
+def encoded(picture: Image.Image) -> str:
+    """A picture as a field of a row.
+
+    official: JPEG, for poses and masks too. PNG is read there as well, and loses nothing.
+    """
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

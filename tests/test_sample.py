@@ -300,7 +300,7 @@ def test_poses_that_cannot_be_used_are_refused(place, tmp_path):
     (tmp_path / "dance.mp4").write_bytes(b"not a video")
     for name, words in (("empty", "neither pictures nor JSON"), ("mixed", "different sizes"),
                         ("broken", "not whole JSON"),
-                        ("dance.mp4", "pose estimator"), ("none", "is not there")):
+                        ("dance.mp4", "found first"), ("none", "is not there")):
         assert words in refusal(place, tmp_path, poses=tmp_path / name)
         assert not (tmp_path / "out").exists()
 

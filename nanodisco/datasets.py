@@ -1,0 +1,53 @@
+"""Datasets: the dancers written as files, in the official program's two formats.
+
+    folder   CLIP/000001.png, openpose_json/000001.png.json, groundsam/000001.png.mask.png, background/empty.png
+    tsv      SPLIT_images.tsv, _poses, _masks, _vid2line, each with .lineidx, and SPLIT.yaml
+"""
+import json
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+
+from PIL import Image
+
+from nanodisco import dancers, pose, tsv
+from nanodisco.files import appearing
+
+YAML = """img: {0}_images.tsv
+poses: {0}_poses.tsv
+masks: {0}_masks.tsv
+vid2line: {0}_vid2line.tsv
+composite: false
+"""
+
+
+def write_folder(out: Path, clips: Iterable[int], frames: int, size: int, split: str) -> None:
+    """One folder a clip. The clip's number is the seed of its person, its room and its dance."""
+    with appearing(out) as place:
+        for clip in clips:
+            folder = place / f"{clip:010}"
+            for part in ("openpose_json", "groundsam", "background"):
+                (folder / part).mkdir(parents=True)
+            for i in range(frames):
+                made, name = dancers.sample(clip, clip, clip, i, size), f"{i + 1:06}.png"
+                Image.fromarray(made.picture).save(folder / name)
+                frame = pose.Frame((made.keypoints,), (size, size), name)
+                (folder / "openpose_json" / f"{name}.json").write_text(json.dumps(pose.to_json([frame], "disco")))
+                Image.fromarray(made.mask).save(folder / "groundsam" / f"{name}.mask.png")
+            Image.fromarray(made.background).save(folder / "background" / "empty.png")
+
+
+def write_tsv(out: Path, clips: Iterable[int], frames: int, size: int, split: str) -> None:
+    """Rows of one clip are neighbours; vid2line counts them from the row itself, as the official loader reads it."""
+    with appearing(out) as place, ExitStack() as open_files:
+        place.mkdir()
+        images, poses, masks, videos = (open_files.enter_context(tsv.Writer(place / f"{split}_{part}.tsv"))
+                                        for part in ("images", "poses", "masks", "vid2line"))
+        for clip in clips:
+            for i in range(frames):
+                made, key = dancers.sample(clip, clip, clip, i, size), f"TiktokDance_{clip:010}_{i + 1:04}.png"
+                images.write(key, tsv.encoded(Image.fromarray(made.picture)))
+                poses.write(key, tsv.encoded(Image.fromarray(dancers.pose_picture(made.keypoints, size))))
+                masks.write(key, tsv.encoded(Image.fromarray(made.mask)), True)
+                videos.write(key, [-i, frames - 1 - i])
+        (place / f"{split}.yaml").write_text(YAML.format(split))

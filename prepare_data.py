@@ -1,0 +1,48 @@
+"""Data sets, ready for training and evaluation.
+
+    python prepare_data.py dancers --out data/dancers --clips 1000 --frames 8 --size 64
+    python prepare_data.py dancers --out data/held-out --clips 96 --split held-out --format tsv
+"""
+import argparse
+from pathlib import Path
+
+from nanodisco.errors import InputError, run
+
+SPLITS = ("train", "held-out")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="prepare_data.py", description="Data sets for training and evaluation.")
+    kinds = top.add_subparsers(dest="kind", required=True)
+    dancers = kinds.add_parser("dancers", help="synthetic dancers, drawn: no download, everything known")
+    dancers.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    dancers.add_argument("--clips", type=int, default=100, help="each another person, room and dance (default 100)")
+    dancers.add_argument("--frames", type=int, default=8, help="of each clip (default 8)")
+    dancers.add_argument("--size", type=int, default=64, help="pixels, square (default 64)")
+    dancers.add_argument("--seed", type=int, default=0, help="other seeds give other clips (default 0)")
+    dancers.add_argument("--split", choices=SPLITS, default="train", help="nothing is in both (default train)")
+    dancers.add_argument("--format", choices=("folder", "tsv"), default="folder", help="the official program's folder "
+                         "of clips, or its TSV files (default folder)")
+    return top
+
+
+def main(argv: list[str] | None = None) -> None:
+    given = parser().parse_args(argv)
+    for flag, low, high in (("clips", 1, 10**6), ("frames", 1, 10**4), ("size", 8, 4096), ("seed", 0, 899)):
+        value = getattr(given, flag)
+        if not low <= value <= high:
+            raise InputError(f"--{flag} {value}; expected {low} to {high}")
+    if Path(given.out).exists():
+        raise InputError(f"{given.out} is already there; remove it or choose another --out")
+    from tqdm import tqdm
+
+    from nanodisco import dancers, datasets
+    first = (dancers.HELD_OUT if given.split == "held-out" else 0) + given.seed * 10**6
+    clips = tqdm(range(first, first + given.clips), unit="clip", disable=None)
+    write = datasets.write_folder if given.format == "folder" else datasets.write_tsv
+    write(Path(given.out), clips, given.frames, given.size, given.split)
+    print(f"{given.clips} clips of {given.frames} frames, {given.size}x{given.size}: {given.out}")
+
+
+if __name__ == "__main__":
+    run(main)
