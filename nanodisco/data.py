@@ -1,17 +1,28 @@
-"""Data: sets of frames with pose, mask and reference, as the official YAML files describe them.
+"""Data: sets of frames with pose, mask and reference: the official YAML files, and the dancers.
 
     img, poses, masks, vid2line: TSV files beside the YAML file; row i of each belongs to frame i.
     vid2line row i: [first - i, last - i], the rows of frame i's video, counted from i. The first frame of a
     video is the reference of all its frames.
+
+What a training step sees is a function of (seed, step): the order of an epoch, the frame that is drawn,
+the reference. So a run that goes on where it was stopped needs to remember the number of the step only.
 """
 import ast
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
+from nanodisco import dancers, transforms
 from nanodisco.config import read_yaml
 from nanodisco.errors import InputError
+from nanodisco.recipe import DataConfig
 from nanodisco.tsv import Table
 
 
@@ -75,3 +86,119 @@ class Validation:
         reference = self.video(i).start
         return Sample(self.images[i][0], self.images.picture(i), self.poses.picture(i, 1),
                       self.images.picture(reference), self.masks.picture(reference, 1))
+
+
+# ---- Training --------------------------------------------------------------------------------------------------
+
+@dataclass
+class Scene:
+    """The pictures of one training sample."""
+    targets: list[Image.Image]         # F frames
+    poses: list[Image.Image]           # of each
+    reference: Image.Image
+    mask: Image.Image
+
+
+class Dancers:
+    """Clips of the dancers, drawn when they are asked for; clip i is person i, room i, dance i."""
+
+    def __init__(self, config: DataConfig):
+        self.config = config
+
+    def __len__(self) -> int:
+        return self.config.clips
+
+    def fingerprint(self) -> str:
+        """Another string where other pictures would be seen."""
+        pictures = [dancers.sample(i, i, i, i, 64).picture.tobytes() for i in range(3)]
+        return f"{len(self)} clips, drawn as {zlib.crc32(b''.join(pictures)):08x}"
+
+    def scene(self, i: int, rng: np.random.Generator, with_pose: bool) -> Scene:
+        size = self.config.height
+        first = int(rng.integers(dancers.LOOP))
+        frames = [dancers.sample(i, i, i, first + k * self.config.every, size) for k in range(self.config.frames)]
+        shown = {"same": first, "first": 0, "random": int(rng.integers(dancers.LOOP))}[self.config.reference]
+        reference = dancers.sample(i, i, i, shown, size)
+        poses = [Image.fromarray(dancers.pose_picture(frame.keypoints, size)) for frame in frames if with_pose]
+        return Scene([Image.fromarray(frame.picture) for frame in frames], poses,
+                     Image.fromarray(reference.picture), Image.fromarray(reference.mask))
+
+
+class Rows:
+    """Rows of a TSV set."""
+
+    def __init__(self, config: DataConfig):
+        self.config, self.rows = config, Validation(config.path)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def fingerprint(self) -> str:
+        """Another string where rows have other lengths: of the files' index, not of all their pictures."""
+        tables = (self.rows.images, self.rows.poses, self.rows.masks, self.rows.videos)
+        return f"{len(self)} rows, {zlib.crc32(repr([(table.offsets, table.size) for table in tables]).encode()):08x}"
+
+    def scene(self, i: int, rng: np.random.Generator, with_pose: bool) -> Scene:
+        """A clip that would run over its video's end begins earlier, and may repeat the first frame."""
+        video, c = self.rows.video(i), self.config
+        start = max(min(i, video.stop - 1 - (c.frames - 1) * c.every), video.start)
+        frames = [min(start + k * c.every, video.stop - 1) for k in range(c.frames)]
+        shown = {"same": i, "first": video.start, "random": int(rng.integers(video.start, video.stop))}[c.reference]
+        return Scene([self.rows.images.picture(k) for k in frames],
+                     [self.rows.poses.picture(k, 1) for k in frames if with_pose],
+                     self.rows.images.picture(shown), self.rows.masks.picture(shown, 1))
+
+
+class Training(torch.utils.data.Dataset):
+    """Samples as tensors. An index is (epoch, i): each epoch draws other frames of the same clips."""
+
+    def __init__(self, config: DataConfig, clip_size: int, with_pose: bool, seed: int):
+        self.config, self.clip_size, self.with_pose, self.seed = config, clip_size, with_pose, seed
+        self.source = Dancers(config) if config.kind == "dancers" else Rows(config)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, Tensor]:
+        """-> target (3, [F,] H, W), reference (3, S, S), background (3, H, W), pose (3, [F,] H, W) if there is one"""
+        epoch, i = place
+        scene = self.source.scene(i, np.random.default_rng([self.seed, epoch, i]), self.with_pose)
+        size = (self.config.width, self.config.height)
+        tensors = {"target": self._clip([transforms.target(frame, size) for frame in scene.targets]),
+                   "reference": transforms.reference(scene.reference, scene.mask, self.clip_size),
+                   "background": transforms.background(scene.reference, scene.mask, size)}
+        if scene.poses:
+            tensors["pose"] = self._clip([transforms.pose(frame, size) for frame in scene.poses])
+        return tensors
+
+    def _clip(self, frames: list[Tensor]) -> Tensor:
+        return frames[0] if self.config.frames == 1 else torch.stack(frames, dim=1)
+
+
+@lru_cache(maxsize=2)
+def _order(length: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(length)
+
+
+def indices(length: int, batch: int, seed: int, step: int) -> list[tuple[int, int]]:
+    """The samples of one step, (epoch, i). The last batch of an epoch is smaller if the set does not divide."""
+    of_epoch = -(-length // batch)
+    epoch, k = divmod(step, of_epoch)
+    return [(epoch, int(i)) for i in _order(length, seed, epoch)[k * batch:(k + 1) * batch]]
+
+
+def shares(count: int, parts: int) -> list[range]:
+    """`count` samples dealt to `parts`, as evenly as can be.   A part beyond the last sample is empty."""
+    ends = [count * k // parts for k in range(parts + 1)]
+    return [range(a, b) for a, b in zip(ends, ends[1:])]
+
+
+def loader(dataset: Training, batch: int, first: int, steps: int, rank: int, ranks: int,
+           workers: int) -> Iterator[dict[str, Tensor]]:
+    """The share of one process of each step's batch, stacked. An empty share is the first sample, see train.py."""
+    def places() -> Iterator[list[tuple[int, int]]]:
+        for step in range(first, steps):
+            whole = indices(len(dataset), batch, dataset.seed, step)
+            yield [whole[i] for i in shares(len(whole), ranks)[rank]] or whole[:1]
+    return iter(torch.utils.data.DataLoader(dataset, batch_sampler=places(), num_workers=workers,
+                                            persistent_workers=workers > 0))

@@ -133,32 +133,36 @@ class DisCo(nn.Module):
         out = self.unet(z, t, tokens, residuals, frames).to(zt.dtype)
         return unfold(out, frames) if zt.ndim == 5 else out
 
-    def draw(self, batch: Batch, generator: torch.Generator,
-             drop_reference: float = 0.0, drop_pose: float = 0.0) -> Draws:
-        """The random numbers of one step, in the official order. Both probabilities are a sample's own.
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator, drop_reference: float = 0.0,
+             drop_pose: float = 0.0, drop_whole_batch: bool = False) -> Draws:
+        """The random numbers of one step for targets (B, 3, [F,] H, W), in the official order.
 
-        official: drops the reference of the whole batch or of none, and a frame's pose in every sample.
+        They lie where the generator does. Both probabilities are a sample's own. official: one coin drops the
+        reference of all samples or of none (drop_whole_batch), and a frame's pose in every sample.
         """
-        target, frames = fold(batch.target)
-        factor, channels, device = self.config.vae.factor, self.config.vae.channels, batch.target.device
-        latent = (channels, target.shape[2] // factor, target.shape[3] // factor)
-        samples = len(batch.target)
-        of_clip = (samples, channels, frames, *latent[1:]) if batch.target.ndim == 5 else (samples, *latent)
-        dropped = torch.rand(samples, generator=generator, device=device) < drop_reference
+        factor, channels, device = self.config.vae.factor, self.config.vae.channels, generator.device
+        samples, frames = shape[0], shape[2] if len(shape) == 5 else 1
+        size = (shape[-2] // factor, shape[-1] // factor)
+        of_clip = (samples, channels, frames, *size) if len(shape) == 5 else (samples, channels, *size)
+        coins = torch.rand(samples, generator=generator, device=device)
+        dropped = (coins[:1].expand(samples) if drop_whole_batch else coins) < drop_reference
         hidden = torch.rand(samples, frames, generator=generator, device=device) < drop_pose
         return Draws(
-            target=torch.randn(len(target), *latent, generator=generator, device=device),
+            target=torch.randn(samples * frames, channels, *size, generator=generator, device=device),
             noise=torch.randn(of_clip, generator=generator, device=device),
             timesteps=torch.randint(self.config.diffusion.steps, (samples,), generator=generator, device=device),
-            background=torch.randn(samples, *latent, generator=generator, device=device),
+            background=torch.randn(samples, channels, *size, generator=generator, device=device),
             drop_reference=dropped, drop_pose=hidden)
 
-    def loss(self, batch: Batch, draws: Draws, min_snr: float | None = None) -> Tensor:
+    def loss(self, batch: Batch, draws: Draws, min_snr: float | None = None, on: str = "prediction") -> Tensor:
         """Mean squared error of the predicted eps (DDPM eq. 14) or v, in float32.   -> ()
 
         `min_snr`: weight each sample by min(SNR, min_snr) (arXiv:2303.09556); None: all alike.
+        `on`: epsilon | v | x0: the error of what the answer implies for that instead. official: "x0" is a
+        choice of its command line that crashes.
         """
         prediction = self.config.diffusion.prediction
+        on = prediction if on == "prediction" else on
         target, frames = fold(batch.target)
         z0 = self.vae.to_latent(target, draws.target)                    # (B*F, C, h, w)
         z0 = unfold(z0, frames) if batch.target.ndim == 5 else z0
@@ -170,11 +174,15 @@ class DisCo(nn.Module):
             conditions.pose = hide_pose(conditions.pose, draws.drop_pose)
 
         a = diffusion.at(self.alpha_bars(), draws.timesteps, z0)
-        out = self(diffusion.add_noise(z0, draws.noise, a), draws.timesteps, conditions)
-        wanted = draws.noise if prediction == "epsilon" else diffusion.velocity(z0, draws.noise, a)
-        errors = mse_loss(out.float(), wanted.float(), reduction="none")
+        zt = diffusion.add_noise(z0, draws.noise, a)
+        out = self(zt, draws.timesteps, conditions).float()
+        if on != prediction:
+            z0_hat, eps_hat = diffusion.split(out, zt, a, prediction)
+            out = {"x0": z0_hat, "epsilon": eps_hat, "v": diffusion.velocity(z0_hat, eps_hat, a)}[on]
+        wanted = {"x0": z0, "epsilon": draws.noise, "v": diffusion.velocity(z0, draws.noise, a)}[on]
+        errors = mse_loss(out, wanted.float(), reduction="none")
         if min_snr is not None:
-            errors = errors * diffusion.min_snr_weight(a, min_snr, prediction)
+            errors = errors * diffusion.min_snr_weight(a, min_snr, on)
         return errors.mean()
 
 

@@ -160,7 +160,7 @@ def compare(dtype: str, rounds: int, compiled: bool, tiny: bool) -> dict:
     programs = ["ours", *THEIRS] + (["diffusers compiled"] if compiled else [])
     with tempfile.TemporaryDirectory() as folder:
         write_weights(Path(folder), dtype, tiny)
-        environment = os.environ | {"TORCHINDUCTOR_FREEZING": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = os.environ | {"TORCHINDUCTOR_FREEZING": "1"}
         seen = {name: [] for name in programs}
         workers, ready = {}, {name: [] for name in programs}
 

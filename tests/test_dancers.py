@@ -91,7 +91,8 @@ def test_the_lower_foot_stands_on_the_floor_or_hops():
 
 def test_patterns_garments_and_hairstyles_all_occur():
     people = [dancers.Person.of(seed) for seed in range(200)]
-    for field, kinds in (("pattern", dancers.PATTERNS), ("garment", dancers.GARMENTS), ("hairstyle", dancers.HAIRSTYLES)):
+    every = {"pattern": dancers.PATTERNS, "garment": dancers.GARMENTS, "hairstyle": dancers.HAIRSTYLES}
+    for field, kinds in every.items():
         assert {getattr(person, field) for person in people} == set(kinds)
 
 

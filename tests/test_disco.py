@@ -117,7 +117,7 @@ def test_min_snr_weights_each_sample_by_its_own_step():
 @pytest.mark.parametrize("variant, prefix", [("image", ""), ("temporal", "t_")])
 def test_draws_have_the_shapes_that_the_loss_needs_and_follow_from_the_seed(variant, prefix):
     net, (batch, draws) = model(variant), training_data(prefix)
-    one, same, other = (net.draw(batch, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    one, same, other = (net.draw(batch.target.shape, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     for name, wanted in vars(draws).items():
         assert getattr(one, name).shape == wanted.shape and getattr(one, name).dtype == wanted.dtype, name
         assert torch.equal(getattr(one, name), getattr(same, name)), name
@@ -125,8 +125,30 @@ def test_draws_have_the_shapes_that_the_loss_needs_and_follow_from_the_seed(vari
 
 
 def test_references_and_poses_are_dropped_with_their_own_probabilities():
-    batch = Batch(*(torch.zeros(400, *shape) for shape in ((3, 2, 8, 8), (3, 56, 56), (3, 8, 8), (3, 2, 8, 8))))
-    draws = model("temporal").draw(batch, torch.Generator().manual_seed(0), drop_reference=0.1, drop_pose=0.4)
+    generator = torch.Generator().manual_seed(0)
+    draws = model("temporal").draw((400, 3, 2, 8, 8), generator, drop_reference=0.1, drop_pose=0.4)
     assert 0.05 < draws.drop_reference.float().mean() < 0.15
     assert 0.35 < draws.drop_pose.float().mean() < 0.45
     assert not torch.equal(draws.drop_pose[:, 0], draws.drop_pose[:, 1])
+
+
+def test_one_coin_drops_all_references_of_a_batch_or_none():
+    net, dropped = model("image"), []
+    for seed in range(200):
+        draws = net.draw((6, 3, 16, 16), torch.Generator().manual_seed(seed), drop_reference=0.3, drop_whole_batch=True)
+        assert draws.drop_reference.all() or not draws.drop_reference.any()
+        dropped.append(bool(draws.drop_reference[0]))
+    assert 0.2 < sum(dropped) / len(dropped) < 0.4
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("on", ["epsilon", "v", "x0"])
+def test_the_loss_on_something_else_is_the_loss_weighted(prediction, on):
+    net, (batch, draws) = build("image"), training_data()
+    net.config = replace(net.config, diffusion=replace(net.config.diffusion, prediction=prediction))
+    draws.timesteps[:] = 400
+    a = net.alpha_bars()[400].item()
+    scale = {"epsilon": a / (1 - a), "v": 1 / (1 - a), "x0": 1.0}         # squared error of each over that of x0
+    with torch.no_grad():
+        wanted = net.loss(batch, draws) / scale[prediction] * scale[on]
+        assert_close(net.loss(batch, draws, on=on), wanted, rtol=1e-4, atol=0)

@@ -11,14 +11,14 @@ ROOT = Path(__file__).parent.parent
 ROWS = [                               # a file imports only from rows above its own; the order to read them in, too
     ["kernels"],
     ["errors"],
-    ["config", "files", "memo", "names", "pose", "shapes", "temporal", "transforms", "tsv", "unpickle"],
-    ["data", "diffusion", "estimate", "layers", "rooms", "sizes", "transformer", "video"],
-    ["clip", "dancers", "inputs", "sampling", "vae", "weights"],
-    ["datasets", "unet"],
+    ["config", "distributed", "files", "memo", "names", "pose", "shapes", "temporal", "transforms", "tsv", "unpickle"],
+    ["diffusion", "estimate", "layers", "recipe", "rooms", "sizes", "transformer", "video"],
+    ["clip", "dancers", "inputs", "optim", "sampling", "vae", "weights"],
+    ["checkpoint", "data", "datasets", "unet"],
     ["controlnet"],
     ["disco"],
     ["guidance", "loading"],
-    ["convert", "dance"]]
+    ["convert", "dance", "start"]]
 
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}
 FILES = sorted(path for package in ("nanodisco", "kernels") for path in (ROOT / package).rglob("*.py"))

@@ -1,0 +1,170 @@
+"""Checkpoint: everything a run needs to go on as if it had never stopped, in one folder that is whole or not there.
+
+    RUN/step-0000500/model.safetensors     the weights to use: the running average, where there is one
+                     config.yaml           of the model; these two are a folder for --weights
+                     training.safetensors  the weights that train, and the optimizer's moments
+                     training.yaml         step, recipe, number of processes, loss scale, checksums of the others
+    RUN/last -> step-0000500
+
+What a step draws follows from (seed, step), so no state of random generators is kept.
+"""
+import fcntl
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from nanodisco import weights
+from nanodisco.config import ModelConfig
+from nanodisco.errors import InputError
+from nanodisco.files import appearing
+from nanodisco.optim import Average
+
+CHECKED = ("model.safetensors", "config.yaml", "training.safetensors")
+CHUNK = 1 << 24
+
+
+@dataclass
+class State:
+    """What changes from step to step."""
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: Average | None
+    scaler: torch.amp.GradScaler | None = None
+    step: int = 0                      # that comes next
+
+    def named(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+def save(run: Path, state: State, config: ModelConfig, about: dict, keep: int = 0) -> Path:
+    """Write RUN/step-N and let `last` point there; then remove all but the `keep` newest (0: none)."""
+    place = run / f"step-{state.step:07}"
+    with appearing(place) as folder:
+        folder.mkdir()
+        shown = dict(state.model.state_dict()) | (state.average.tensors if state.average else {})
+        weights.write_folder(folder / "model", shown, config)
+        for name in ("model.safetensors", "config.yaml"):
+            os.rename(folder / "model" / name, folder / name)
+        (folder / "model").rmdir()
+        _write_tensors(folder / "training.safetensors", state)
+        about = {"step": state.step, "scaler": state.scaler.state_dict() if state.scaler else None} | about
+        about["checksums"] = {name: checksum(folder / name) for name in CHECKED}
+        (folder / "training.yaml").write_text(yaml.safe_dump(about, sort_keys=False))
+    _point(run / "last", place.name)
+    for old in found(run)[:-keep] if keep else []:
+        shutil.rmtree(old)
+    return place
+
+
+def _write_tensors(path: Path, state: State) -> None:
+    tensors = {}
+    for name, parameter in state.named().items():
+        if state.average:
+            tensors[f"weight.{name}"] = parameter.detach().contiguous()
+        for key, value in state.optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}.{name}"] = value.contiguous()
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:                                     # hides the OSError of a full disk
+        raise OSError(28, str(error)) from None
+
+
+def _point(link: Path, to: str) -> None:
+    beside = link.with_name(f".{link.name}.{os.getpid()}")
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(to)
+    os.replace(beside, link)
+
+
+def checksum(path: Path) -> str:
+    value = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            value = zlib.crc32(chunk, value)
+    return f"{value:08x}"
+
+
+def found(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, whole or not."""
+    return sorted(path for path in run.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+
+
+def newest(run: Path, say: Callable[[str], None]) -> tuple[Path, dict] | None:
+    """The newest whole checkpoint and what its training.yaml says. Damaged ones are passed over, and named."""
+    for place in reversed(found(run)):
+        try:
+            about = yaml.safe_load((place / "training.yaml").read_text())
+            wrong = [name for name, value in about["checksums"].items() if checksum(place / name) != value]
+        except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+            wrong = [f"training.yaml ({type(error).__name__})"]
+        if not wrong:
+            return place, about
+        say(f"{place} is damaged ({', '.join(wrong)}); passed over")
+    return None
+
+
+def restore(place: Path, about: dict, state: State) -> None:
+    """Put a checkpoint's content into a State that was made by the same recipe."""
+    model, training = load_file(place / "model.safetensors"), load_file(place / "training.safetensors")
+    with torch.no_grad():
+        for name, tensor in state.model.state_dict().items():
+            tensor.copy_(training.get(f"weight.{name}", model[name]))
+        for name in state.average.tensors if state.average else ():
+            state.average.tensors[name].copy_(model[name])
+    for name, parameter in state.named().items():
+        kept = {key.partition(".")[0]: value for key, value in training.items()
+                if key.partition(".")[2] == name and not key.startswith("weight.")}
+        if kept:
+            state.optimizer.state[parameter] = {
+                key: value.clone().to("cpu" if key == "step" else parameter.device) for key, value in kept.items()}
+    if state.scaler and about["scaler"]:
+        state.scaler.load_state_dict(about["scaler"])
+    state.step = about["step"]
+
+
+def lock(run: Path) -> IO:
+    """Claim a run's folder for as long as the file that is returned stays open, or this process lives."""
+    run.mkdir(parents=True, exist_ok=True)
+    file = open(run / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(f"{run} is in use: another process trains there; wait for it, or stop it") from None
+    return file
+
+
+def tidy(run: Path) -> None:
+    """Remove what a killed process has left half-written."""
+    for place in run.glob(".step-*"):
+        shutil.rmtree(place, ignore_errors=True)
+    for link in run.glob(".last.*"):
+        link.unlink(missing_ok=True)
+
+
+def differences(old: dict, new: dict, where: str = "") -> list[str]:
+    """`key: old -> new` of what two nested dicts do not share."""
+    changed = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            changed += differences(a, b, f"{where}{key}.")
+        elif a != b:
+            changed.append(f"{where}{key}: {a} -> {b}")
+    return changed
+
+
+def refuse_changes(old: dict, new: dict, place: Path) -> None:
+    if changed := differences(old, new):
+        raise InputError(f"{place} was made by another run ({'; '.join(changed)}); give it what it had, "
+                         "or --resume=force to go on with the new")

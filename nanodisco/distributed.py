@@ -1,0 +1,51 @@
+"""Distributed: the processes that torchrun starts, as one run. A process by itself is a run of one.
+
+    world = World.join()
+    if world.rank == 0: print("once")
+    loss = world.sum(loss)
+"""
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed
+
+from nanodisco.errors import InputError
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: str
+
+    @staticmethod
+    def join(device: str = "auto") -> "World":
+        """NCCL on GPUs, gloo on CPUs; the variables that torchrun sets say who is who."""
+        rank, size, local = (int(os.environ.get(name, default)) for name, default in
+                             (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda":
+            if local >= torch.cuda.device_count():
+                raise InputError(f"process {local} of this machine has no GPU of its own; there are "
+                                 f"{torch.cuda.device_count()} (torchrun --nproc-per-node)")
+            torch.cuda.set_device(local)
+        if size > 1 and not distributed.is_initialized():
+            distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        return World(rank, size, f"cuda:{local}" if device == "cuda" else device)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Over all processes, the same on each."""
+        if self.size > 1:
+            distributed.all_reduce(x)
+        return x
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.size > 1:
+            distributed.barrier()
+
+    def leave(self) -> None:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()

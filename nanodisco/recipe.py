@@ -1,0 +1,128 @@
+"""Recipe: one stage of training as a YAML file.
+
+    model: ../model/sd-image-variations.yaml     # or its keys; without it the files of `start` say what it is
+    start: [sd-image-variations-diffusers, pretrained/last]
+    data: {kind: tsv, path: train.yaml}
+    train: {steps: 20000, batch: 32, lr: 2e-4}
+
+Files are looked for beside the YAML file first, then from where the command is run.
+"""
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nanodisco.config import ModelConfig, from_dict, override, read_yaml, to_dict
+from nanodisco.errors import InputError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    kind: str                          # dancers: drawn when they are needed | tsv: the official program's files
+    path: str = ""                     # of the YAML file of a tsv set
+    clips: int = 0                     # dancers: how many, each another person, room and dance
+    width: int = 256                   # pixels
+    height: int = 256
+    frames: int = 1                    # of a sample: 1 is a picture, more a clip for the video model
+    every: int = 1                     # frames of the track from one frame of a clip to the next
+    reference: str = "first"           # first frame of the video | random frame of it | same: the target itself
+    workers: int = 0                   # processes that prepare samples; 0: the training process does
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int                         # updates of the weights
+    batch: int                         # samples of one update, over all processes and parts
+    lr: float                          # highest learning rate
+    accumulate: int = 1                # parts that a process cuts its share of a batch into; 1: none
+    warmup: float = 0.1                # share of the steps
+    constant_lr: bool = False          # after the warm-up; false: linearly down
+    weight_decay: float = 1e-3
+    betas: tuple[float, ...] = (0.9, 0.98)
+    clip_norm: float = 0.0             # of the gradient; 0: as it is
+    ema: float = 0.0                   # decay of the running average of the weights; 0: none
+    precision: str = "fp32"            # of the computation: fp32 | bf16 | fp16; weights are always fp32
+    checkpointing: bool = False        # compute activations again in the backward pass: less memory, more time
+    loss: str = "prediction"           # what the error is measured on: prediction | epsilon | v | x0
+    min_snr: float = 0.0               # cap of the weight of a step; 0: all steps alike
+    drop_reference: float = 0.0        # share of samples trained without reference, for guidance
+    drop_whole_batch: bool = False     # official: one coin for all references of a batch
+    drop_pose: float = 0.0             # share of frames trained without pose
+    unet: str = "all"                  # null | crossattn-kv | crossattn | transblocks | all | tem | patterns
+    clip: bool = False                 # train the image encoder too
+    freeze_pose: bool = False
+    freeze_background: bool = False
+    only_pose: bool = False            # nothing but the pose net
+    substring_fault: bool = False      # official: freezes by substring, and so some of the other net too
+    seed: int = 42
+    log_every: int = 10                # steps
+    save_every: int = 500
+    keep: int = 2                      # newest checkpoints that stay; 0: all
+
+
+@dataclass(frozen=True)
+class Recipe:
+    data: DataConfig
+    train: TrainConfig
+    model: ModelConfig | None = None   # None: as the files of `start` say; with both, files say the sizes they have
+    start: tuple[str, ...] = ()        # weights to start from; later files win
+    variant: str = ""                  # of `start`: stage1 | image | temporal; "": what the files hold
+    out: str = ""                      # folder of the run; "": output/<name of the YAML file>
+
+    def __post_init__(self):
+        t, d = self.train, self.data
+        choices = (("data.kind", d.kind, ("dancers", "tsv")),
+                   ("data.reference", d.reference, ("first", "random", "same")),
+                   ("train.precision", t.precision, ("fp32", "bf16", "fp16")),
+                   ("train.loss", t.loss, ("prediction", "epsilon", "v", "x0")),
+                   ("variant", self.variant, ("", "stage1", "image", "temporal")))
+        for name, value, allowed in choices:
+            if value not in allowed:
+                raise InputError(f"{name} is {value!r}; expected one of {', '.join(filter(None, allowed))}")
+        for group in (t, d):
+            for name in ("steps", "batch", "accumulate", "log_every", "save_every", "frames", "every", "width",
+                         "height"):
+                if getattr(group, name, 1) < 1:
+                    raise InputError(f"{name} is {getattr(group, name)}; expected 1 or more")
+        for name in ("warmup", "ema", "drop_reference", "drop_pose"):
+            if not 0 <= getattr(t, name) <= 1:
+                raise InputError(f"train.{name} is {getattr(t, name)}; expected 0 to 1")
+        if not t.lr > 0 or len(t.betas) != 2:
+            raise InputError(f"train.lr is {t.lr}, train.betas {list(t.betas)}; expected more than 0, and two numbers")
+        if d.kind == "dancers" and d.clips < 1:
+            raise InputError("data.clips is missing; expected the number of dancers' clips")
+        if d.kind == "tsv" and not d.path:
+            raise InputError("data.path is missing; expected the YAML file of a set of TSV files")
+        if self.model is None and not self.start:
+            raise InputError("neither model nor start is given; expected a configuration, or weights to start from")
+
+
+def load(path: str | Path, arguments: list[str] = ()) -> Recipe:
+    """A YAML file as a Recipe, with `--train.lr=1e-4` arguments on top. Paths in it become paths from here."""
+    path = Path(path)
+    values = read_yaml(path)
+    if isinstance(values.get("model"), str):
+        values["model"] = read_yaml(_found(path, values["model"]))
+    try:
+        recipe = from_dict(Recipe, override(values, list(arguments)))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    missing = [name for name in recipe.start if not _found(path, name).exists()]
+    if missing:
+        raise InputError(f"{path}: start: {missing[0]} is not there; it is what this stage goes on from "
+                         "(the last checkpoint of the stage before, or downloaded weights)")
+    place = {"start": tuple(str(_found(path, name)) for name in recipe.start),
+             "out": recipe.out or f"output/{path.stem}"}
+    data = {"path": str(_found(path, recipe.data.path))} if recipe.data.path else {}
+    return replace(recipe, data=replace(recipe.data, **data), **place)
+
+
+def lasting(recipe: Recipe) -> dict:
+    """What must stay as it is when a run goes on: all but places, which a move to another machine changes."""
+    values = to_dict(recipe)
+    for group, name in ((values, "out"), (values, "start"), (values["data"], "path"), (values["data"], "workers")):
+        del group[name]
+    return values
+
+
+def _found(beside: Path, name: str) -> Path:
+    near = beside.parent / name
+    return near if near.exists() else Path(name)

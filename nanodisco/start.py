@@ -1,0 +1,65 @@
+"""Start: the model that a recipe begins with, and the random numbers and the loss of one of its steps."""
+import json
+from collections.abc import Callable
+from dataclasses import fields
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nanodisco import loading
+from nanodisco.config import to_dict
+from nanodisco.disco import Batch, DisCo, Draws
+from nanodisco.recipe import Recipe, TrainConfig
+
+TOLD = ("pose", "background", "diffusion", "tokens", "uncond")
+
+
+def model(recipe: Recipe, say: Callable[[str], None]) -> DisCo:
+    """From the files of `start`, or new, drawn from the recipe's seed. In float32; in eval mode: nothing drops out.
+
+    Files say how large their networks are; the recipe's model says the rest: networks that they lack, tokens,
+    what is predicted.
+    """
+    if recipe.start:
+        told = to_dict(recipe.model) if recipe.model else {}
+        overrides = [f"--{name}={json.dumps(told[name])}" for name in TOLD if name in told]
+        made = loading.load(*recipe.start, variant=recipe.variant or None, overrides=overrides, seed=recipe.train.seed,
+                            say=say)
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(recipe.train.seed)
+            made = DisCo(recipe.model)
+            made.start_controlnets()
+    return made.eval()
+
+
+def draws(net: DisCo, share: torch.Size, whole: int, train: TrainConfig, step: int) -> Draws:
+    """All random numbers of a step, for the `whole` batch: each process makes them all and takes its own rows.
+
+    They are drawn on the CPU, so that they are the same on every machine.   share: shape of its targets
+    """
+    state = int(np.random.SeedSequence([train.seed, step]).generate_state(1, np.uint64)[0])
+    return net.draw((whole, *share[1:]), torch.Generator().manual_seed(state), train.drop_reference, train.drop_pose,
+                    train.drop_whole_batch)
+
+
+def rows(draws: Draws, first: int, count: int) -> Draws:
+    """Those of some samples of a batch."""
+    samples = len(draws.timesteps)
+    return Draws(**{f.name: x.unflatten(0, (samples, -1))[first:first + count].flatten(0, 1)
+                    for f in fields(draws) for x in [getattr(draws, f.name)]})
+
+
+class Loss(nn.Module):
+    """A model's loss as a module of its own, so that it can be distributed."""
+
+    def __init__(self, model: DisCo, train: TrainConfig):
+        super().__init__()
+        self.model, self.train_config = model, train
+
+    def forward(self, samples: dict[str, Tensor], draws: Draws) -> Tensor:
+        """Of a part of a batch, its mean.   -> ()"""
+        there = Draws(**{f.name: getattr(draws, f.name).to(samples["target"].device) for f in fields(draws)})
+        batch = Batch(samples["target"], samples["reference"], samples["background"], samples.get("pose"))
+        return self.model.loss(batch, there, self.train_config.min_snr or None, self.train_config.loss)

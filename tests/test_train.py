@@ -1,0 +1,368 @@
+"""train.py: the same numbers however the work is divided, and after any interruption."""
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from formula import LOSS, build, golden, training_data
+from PIL import Image
+from safetensors.torch import load_file
+
+import prepare_data
+import train
+from nanodisco import checkpoint, dancers, data, optim, recipe, start, transforms
+from nanodisco.config import to_dict
+from nanodisco.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+MODEL = {"unet": {"channels": 4, "widths": [16, 16], "attention": [True, False], "layers": 1, "heads": 2, "context": 16,
+                  "groups": 4},
+         "vae": {"channels": 4, "widths": [8, 8], "layers": 1, "groups": 4, "scaling": 0.5},
+         "clip": {"image_size": 16, "patch": 8, "width": 16, "layers": 1, "heads": 2, "mlp": 32, "projection": 16},
+         "diffusion": {"steps": 100, "schedule": "linear", "beta_start": 0.001, "beta_end": 0.02},
+         "pose": {"hint": "pixels", "channels": 3, "widths": [8, 8]}, "background": {"hint": "latents", "channels": 4}}
+RECIPE = {"model": MODEL, "data": {"kind": "dancers", "clips": 11, "width": 16, "height": 16, "reference": "random"},
+          "train": {"steps": 6, "batch": 4, "lr": 1e-3, "ema": 0.9, "drop_reference": 0.2, "save_every": 2,
+                    "log_every": 1}}
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(RECIPE))
+    return tmp_path
+
+
+def trained(place: Path, out: str, *more: str) -> dict[str, torch.Tensor]:
+    """Every tensor of the last checkpoint."""
+    train.main([str(place / "tiny.yaml"), f"--out={place / out}", "--device=cpu", *more])
+    return tensors(place / out)
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    found = {prefix + name: tensor for file, prefix in (("model", ""), ("training", "training."))
+             for name, tensor in load_file(run / "last" / f"{file}.safetensors").items()}
+    return {name: tensor.clone() for name, tensor in found.items()}      # what was loaded is a map of the file
+
+
+def difference(one: Path, other: Path) -> float:
+    """Of two runs: of the losses and gradient norms of all steps, and of the weights, as shares of their size.
+
+    Of the weights together: Adam makes a whole step of a gradient that is nothing but rounding.
+    """
+    logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (one, other)]
+    steps = [abs(a[key] / b[key] - 1) for a, b in zip(*logs, strict=True) for key in ("loss", "norm")]
+    a, b = tensors(one), tensors(other)
+    assert a.keys() == b.keys()
+    names = [name for name in a if not name.startswith("training.exp")]
+    squares = [sum(float(x.double().square().sum()) for x in xs)
+               for xs in ([a[name] - b[name] for name in names], [b[name] for name in names])]
+    return max(*steps, (squares[0] / squares[1]) ** 0.5)
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def command(place: Path, out: str, *more: str, ranks: int = 1) -> list[str]:
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *launch, str(ROOT / "train.py"), str(place / "tiny.yaml"), f"--out={place / out}",
+            "--device=cpu", *more]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+# ---- One step ------------------------------------------------------------------------------------------------
+
+def test_three_steps_have_the_official_losses(monkeypatch):
+    """The pieces of train.py's loop in its order: rate, loss, gradient, AdamW."""
+    results = golden("image/results.json")["train"]
+    wanted = results["losses_over_3_adamw_steps_lr2e-4_wd1e-3_betas0.9_0.98"]
+    net = build("image")
+    parameters = optim.select(net, optim.trainable([name for name, _ in net.named_parameters()]))
+    settings = recipe.TrainConfig(steps=10, batch=1, lr=2e-4, constant_lr=True, warmup=0)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+    loss, losses = start.Loss(net, settings), []
+    batch, draws = training_data()
+    for _ in wanted:
+        optimizer.zero_grad()
+        error = loss({name: x for name, x in vars(batch).items() if x is not None}, draws)
+        error.backward()
+        optimizer.step()
+        losses.append(error.item())
+    assert losses == pytest.approx(wanted, rel=LOSS)
+
+
+def test_gradients_with_and_without_kept_activations_are_equal():
+    def gradients(forgetful: bool) -> list[torch.Tensor]:
+        net = build("image")
+        optim.select(net, optim.trainable([name for name, _ in net.named_parameters()]))
+        if forgetful:
+            optim.checkpoint_activations(net)
+        net.loss(*training_data()).backward()
+        return [p.grad for p in net.parameters() if p.grad is not None]
+    for a, b in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_step_that_overflows_changes_nothing(place, monkeypatch):
+    before = start.model(recipe.load(place / "tiny.yaml"), print).state_dict()
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device: SCALER(device, init_scale=2.0 ** 100))
+    after = trained(place, "b", "--train.steps=1", "--train.precision=fp16", "--train.lr=1.0", "--train.warmup=0")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert all(torch.equal(before[name.removeprefix("training.weight.")], tensor) for name, tensor in after.items()
+               if name.startswith("training.weight."))
+    assert not any(name.startswith("training.exp") for name in after)
+
+
+SCALER = torch.amp.GradScaler
+
+
+def test_what_is_frozen_stays(place):
+    net = start.model(recipe.load(place / "tiny.yaml"), print)
+    after = trained(place, "a", "--train.unet=crossattn", "--train.freeze_pose=true", "--train.ema=0")
+    changed = {name for name, tensor in net.state_dict().items() if not torch.equal(tensor, after[name])}
+    assert changed and all(name.startswith(("background.", "clip.proj.")) or ".cross_attn." in name for name in changed)
+
+
+# ---- However the work is divided -------------------------------------------------------------------------------
+
+def test_parts_of_a_batch_add_up(place):
+    trained(place, "a")
+    trained(place, "b", "--train.accumulate=4")
+    assert difference(place / "a", place / "b") < 1e-5
+
+
+@pytest.mark.parametrize("more", [(), ("--train.accumulate=2",), ("--train.checkpointing=true",)], ids=str)
+def test_two_processes_are_as_one(place, more):
+    """11 clips in batches of 4: the last batch of an epoch has 3, and leaves one part empty."""
+    trained(place, "one")
+    subprocess.run(command(place, "two", *more, ranks=2), env=environment(), check=True, capture_output=True)
+    assert difference(place / "one", place / "two") < 1e-5
+
+
+def test_workers_do_not_change_what_is_seen(place):
+    assert same(trained(place, "a"), trained(place, "b", "--data.workers=2"))
+
+
+def test_shares_deal_every_sample_once():
+    for count in range(9):
+        for parts in range(1, 6):
+            dealt = data.shares(count, parts)
+            assert [i for share in dealt for i in share] == list(range(count)) and len(dealt) == parts
+            assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+
+
+def test_an_epoch_shows_every_sample_once_in_an_order_of_its_own():
+    epochs = [[place for step in range(3) for place in data.indices(11, 4, 7, 3 * epoch + step)] for epoch in (0, 1)]
+    for number, epoch in enumerate(epochs):
+        assert {place[0] for place in epoch} == {number} and sorted(place[1] for place in epoch) == list(range(11))
+    assert [place[1] for place in epochs[0]] != [place[1] for place in epochs[1]]
+
+
+# ---- Stopped and gone on with ------------------------------------------------------------------------------------
+
+def test_a_run_in_two_pieces_is_the_whole_run(place):
+    whole = trained(place, "whole")
+    run = place / "pieces"
+    trained(place, "pieces", "--train.keep=0")
+    for step in (4, 6):
+        shutil.rmtree(run / f"step-{step:07}")
+    assert same(whole, trained(place, "pieces", "--train.keep=0", "--resume=force"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_at_any_moment_a_run_ends_with_the_same_bits(place, ranks):
+    """SIGKILL to all of its processes, three times with one and twice with two."""
+    more = ("--train.steps=40", "--train.save_every=1", "--train.keep=2")
+    subprocess.run(command(place, "whole", *more, ranks=ranks), env=environment(), check=True, capture_output=True)
+    wanted, moment = tensors(place / "whole"), random.Random(ranks)
+    kills = 0
+    while kills < 4 - ranks:
+        process = subprocess.Popen(command(place, "killed", *more, "--resume=auto", ranks=ranks), env=environment(),
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = len(list((place / "killed").glob("step-*")))
+        deadline = time.monotonic() + 120
+        while len(list((place / "killed").glob("step-*"))) <= min(before, 1) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(moment.uniform(0, 0.4))
+        kills += process.poll() is None
+        subprocess.run(["pkill", "-KILL", "-f", str(place / "killed")])
+        process.wait()
+    subprocess.run(command(place, "killed", *more, "--resume=auto", ranks=ranks), env=environment(), check=True,
+                   capture_output=True)
+    assert same(wanted, tensors(place / "killed"))
+    assert not list((place / "killed").glob(".step-*"))
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(place, capsys):
+    whole = trained(place, "a", "--train.keep=0")
+    newest = place / "a" / "step-0000006" / "training.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    capsys.readouterr()
+    found, about = checkpoint.newest(place / "a", print)
+    assert found.name == "step-0000004" and about["step"] == 4
+    assert "step-0000006 is damaged (training.safetensors)" in capsys.readouterr().out
+    shutil.rmtree(newest.parent)
+    assert same(whole, trained(place, "a", "--train.keep=0", "--resume=auto"))
+
+
+def test_another_recipe_is_refused_with_what_changed(place):
+    trained(place, "a")
+    with pytest.raises(InputError, match=r"recipe\.train\.batch: 4 -> 2; recipe\.train\.lr: 0\.001 -> 0\.5"):
+        trained(place, "a", "--resume=auto", "--train.lr=0.5", "--train.batch=2")
+    with pytest.raises(InputError, match=r"recipe\.model\.unet\.heads: 2 -> 4"):
+        trained(place, "a", "--resume=auto", "--model.unet.heads=4")
+    with pytest.raises(InputError, match=r"data: 11 clips.* -> 12 clips"):
+        trained(place, "a", "--resume=auto", "--data.clips=12")
+    trained(place, "a", "--resume=force", "--train.lr=0.5", "--train.steps=7")
+
+
+def test_another_number_of_processes_is_refused(place):
+    trained(place, "a")
+    done = subprocess.run(command(place, "a", "--resume=auto", ranks=2), env=environment(), capture_output=True,
+                          text=True)
+    assert done.returncode and "processes: 1 -> 2" in done.stderr
+
+
+def test_a_run_may_move(place):
+    whole = trained(place, "whole")
+    trained(place, "a", "--train.keep=0")
+    shutil.rmtree(place / "a" / "step-0000006")
+    (place / "elsewhere").mkdir()
+    shutil.move(place / "a", place / "elsewhere" / "b")
+    assert same(whole, trained(place, "elsewhere/b", "--train.keep=0", "--resume=force"))
+
+
+def test_a_set_of_files_is_trained_on_as_the_dancers_are(place):
+    prepare_data.main(["dancers", "--out", str(place / "set"), "--clips", "3", "--frames", "2", "--size", "16",
+                       "--format", "tsv"])
+    made = trained(place, "a", f"--data={{kind: tsv, path: {place / 'set' / 'train.yaml'}, width: 16, height: 16}}")
+    assert made and checkpoint.newest(place / "a", print)[1]["data"].startswith("6 rows")
+    rows = data.Training(recipe.DataConfig("tsv", str(place / "set" / "train.yaml"), width=16, height=16), 16, True, 0)
+    shown, wanted = rows[0, 3], dancers.sample(1, 1, 1, 1, 16)
+    assert torch.equal(shown["target"], transforms.target(Image.fromarray(wanted.picture), (16, 16)))
+    reference = dancers.sample(1, 1, 1, 0, 16)
+    assert torch.equal(shown["reference"], transforms.reference(Image.fromarray(reference.picture),
+                                                                Image.fromarray(reference.mask), 16))
+
+
+def test_clips_are_neighbouring_frames_of_one_video(place):
+    config = recipe.DataConfig("dancers", clips=5, width=16, height=16, frames=3, every=2, reference="same")
+    shown = data.Training(config, 16, True, 0)[0, 4]
+    first = int(np.random.default_rng([0, 0, 4]).integers(dancers.LOOP))
+    wanted = [dancers.sample(4, 4, 4, first + 2 * k, 16) for k in range(3)]
+    for k, frame in enumerate(wanted):
+        assert torch.equal(shown["target"][:, k], transforms.target(Image.fromarray(frame.picture), (16, 16)))
+        pose = Image.fromarray(dancers.pose_picture(frame.keypoints, 16))
+        assert torch.equal(shown["pose"][:, k], transforms.pose(pose, (16, 16)))
+
+
+def test_the_video_model_trains(place):
+    made = trained(place, "a", "--model.unet.temporal=true", "--data.frames=3", "--train.unet=tem",
+                   "--train.drop_pose=0.3", "--train.checkpointing=true")
+    assert made["unet.up.0.res.0.temporal.conv.weight"].any()
+
+
+def test_pre_training_has_no_pose_and_its_weights_go_into_the_next_stage(place, capsys):
+    made = trained(place, "one", "--model.pose=null", "--data.reference=same")
+    assert not any(name.startswith("pose.") for name in made)
+    values = RECIPE | {"start": ["one/last"], "variant": "image"}
+    (place / "two.yaml").write_text(yaml.safe_dump(values))
+    capsys.readouterr()
+    net = start.model(recipe.load(place / "two.yaml"), print)
+    assert "pose net; started as a copy of the UNet's encoder" in capsys.readouterr().out
+    assert torch.equal(net.background.hint.conv_in.weight, made["background.hint.conv_in.weight"])
+    assert torch.equal(net.pose.encoder.conv_in.weight, net.unet.encoder.conv_in.weight)
+
+
+def test_a_folder_that_another_process_trains_in_is_refused(place):
+    claim = checkpoint.lock(place / "a")
+    with pytest.raises(InputError, match="another process trains there"):
+        trained(place, "a")
+    claim.close()
+    trained(place, "a")
+
+
+def test_a_run_is_never_begun_over_another(place):
+    trained(place, "a")
+    with pytest.raises(InputError, match="holds a run already"):
+        trained(place, "a")
+
+
+def test_the_last_checkpoint_is_a_model_to_use(place):
+    trained(place, "a")
+    net = train_weights(place / "a" / "last")
+    assert to_dict(net.config)["unet"]["widths"] == MODEL["unet"]["widths"]
+
+
+def train_weights(folder: Path):
+    from nanodisco.loading import load
+    return load(folder, say=lambda text: None)
+
+
+def test_the_model_of_a_checkpoint_is_the_average(place):
+    end = trained(place, "a")
+    name = "unet.conv_out.weight"
+    assert not torch.equal(end[name], end[f"training.weight.{name}"])
+    without = trained(place, "b", "--train.ema=0")
+    assert torch.equal(without[name], end[f"training.weight.{name}"])
+
+
+def test_only_the_newest_checkpoints_stay(place):
+    trained(place, "a")
+    assert [path.name for path in checkpoint.found(place / "a")] == ["step-0000004", "step-0000006"]
+    assert os.readlink(place / "a" / "last") == "step-0000006"
+
+
+def test_a_line_is_logged_for_every_step(place):
+    trained(place, "a")
+    lines = [json.loads(line) for line in (place / "a" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and all(line["loss"] > 0 for line in lines)
+
+
+# ---- What cannot be trained --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("argument, words", [
+    ("--train.stepz=3", "did you mean 'steps'"), ("--train.lr=fast", "expected float"),
+    ("--train.batch=0", "1 or more"),
+    ("--train.accumulate=3", "expected a multiple"), ("--train.unet=unet.nothing", "matches no tensor"),
+    ("--data.kind=dancer", "expected one of dancers, tsv"),
+    ("--start=[pretrained/last]", "it is what this stage goes on"),
+    ("--train.precision=fp8", "expected one of fp32"), ("--model=null", "neither model nor start"),
+    ("--data={kind: tsv}", "data.path is missing"), ("--train.ema=2", "expected 0 to 1")])
+def test_bad_recipes_are_refused(place, argument, words):
+    with pytest.raises(InputError, match=words):
+        trained(place, "a", argument)
+    assert not (place / "a").exists()
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_checkpoint(place, monkeypatch):
+    calls = []
+
+    def loss(self, *_):
+        calls.append(1)
+        return torch.tensor(float("nan"), requires_grad=True) if len(calls) == 5 else ORIGINAL(self, *_)
+    monkeypatch.setattr(start.Loss, "forward", loss)
+    with pytest.raises(InputError, match="loss of step 4 is nan"):
+        trained(place, "a")
+    assert [path.name for path in checkpoint.found(place / "a")] == ["step-0000002", "step-0000004"]
+    assert checkpoint.newest(place / "a", print)[1]["step"] == 4
+
+
+ORIGINAL = start.Loss.forward
+
+
+def test_fields_of_a_recipe_survive_the_file(place):
+    made = recipe.load(place / "tiny.yaml", ["--train.lr=3e-4"])
+    assert made.train == replace(recipe.load(place / "tiny.yaml").train, lr=3e-4)

@@ -1,0 +1,133 @@
+"""Training, every stage: what is trained on what, and how, is in a YAML file (nanodisco/recipe.py).
+
+    python train.py config/nano/finetune.yaml
+    torchrun --nproc-per-node=8 train.py config/finetune.yaml --train.lr=1e-4
+    python train.py config/nano/finetune.yaml --resume=auto      # after whatever stopped it
+"""
+import argparse
+import json
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+from nanodisco import recipe as recipes
+from nanodisco.errors import InputError, run
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, recipes.Recipe]:
+    top = argparse.ArgumentParser(prog="train.py", description="Train one stage.",
+                                  epilog="Any field of the YAML file can be set: --train.lr=1e-4 --data.clips=500")
+    top.add_argument("recipe", metavar="YAML", help="config/*.yaml, config/nano/*.yaml")
+    top.add_argument("--resume", choices=("auto", "force"), help="go on from the newest whole checkpoint in the run's "
+                     "folder, if there is one; force: although the recipe has changed")
+    top.add_argument("--device", default="auto", help="auto, cpu, cuda (default auto)")
+    given, more = top.parse_known_args(argv)
+    return given, recipes.load(given.recipe, more)
+
+
+def main(argv: list[str] | None = None) -> None:
+    given, recipe = parse(argv)
+    import torch                                                         # slow, so only when the recipe is sound
+
+    from nanodisco import checkpoint, data, optim, start
+    from nanodisco.distributed import World
+
+    world, t, folder = World.join(given.device), recipe.train, Path(recipe.out)
+    say = print if world.rank == 0 else lambda text: None
+    if t.batch % (world.size * t.accumulate):
+        raise InputError(f"train.batch {t.batch} cannot be dealt to {world.size} processes x {t.accumulate} parts "
+                         "(train.accumulate); expected a multiple")
+    if checkpoint.found(folder) and not given.resume:
+        raise InputError(f"{folder} holds a run already; --resume=auto goes on with it, another --out= begins anew")
+    model = start.model(recipe, say).to(world.device)
+    names = optim.trainable([name for name, _ in model.named_parameters()], t.unet, t.freeze_pose, t.freeze_background,
+                            t.only_pose, t.substring_fault, t.clip)
+    parameters = optim.select(model, names)
+    dataset = data.Training(recipe.data, model.config.clip.image_size, model.pose is not None, t.seed)
+    world.wait()
+    if world.rank == 0:
+        claim = checkpoint.lock(folder)                                  # noqa: F841  held until this process ends
+        checkpoint.tidy(folder)
+    world.wait()
+
+    optimizer = torch.optim.AdamW(parameters, lr=t.lr, betas=t.betas, weight_decay=t.weight_decay)
+    average = optim.Average(model.named_parameters()) if t.ema else None
+    scaler = torch.amp.GradScaler(world.device.split(":")[0]) if t.precision == "fp16" else None
+    state = checkpoint.State(model, optimizer, average, scaler)
+    about = {"recipe": recipes.lasting(recipe), "data": dataset.source.fingerprint(), "processes": world.size}
+    resumed = checkpoint.newest(folder, say) if given.resume else None
+    if resumed and given.resume != "force":
+        checkpoint.refuse_changes({key: resumed[1][key] for key in about}, about, resumed[0])
+    if resumed:
+        checkpoint.restore(*resumed, state)
+    say(f"{sum(p.numel() for p in parameters):,} of {sum(p.numel() for p in model.parameters()):,} values train; "
+        f"step {state.step} of {t.steps}; {folder}")
+    if t.checkpointing:
+        optim.checkpoint_activations(model)
+
+    batches = data.loader(dataset, t.batch, state.step, t.steps, world.rank, world.size, recipe.data.workers)
+    network = start.Loss(model, t)
+    if world.size > 1:
+        network = torch.nn.parallel.DistributedDataParallel(network)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(t.precision)
+    began, first = time.perf_counter(), state.step
+
+    from tqdm import tqdm
+    bar = tqdm(total=t.steps, initial=state.step, unit="step", disable=None if world.rank == 0 else True)
+    while state.step < t.steps:
+        rate = optim.learning_rate(state.step, t.steps, t.lr, t.warmup, t.constant_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        samples = {name: tensor.to(world.device) for name, tensor in next(batches).items()}
+        whole = len(data.indices(len(dataset), t.batch, t.seed, state.step))
+        share = data.shares(whole, world.size)[world.rank]
+        draws = start.draws(model, samples["target"].shape, whole, t, state.step)
+        loss = torch.zeros((), device=world.device)
+        for k, part in enumerate(data.shares(len(share), t.accumulate)):
+            last = k == t.accumulate - 1
+            part, weight = part or range(1), len(part) / whole           # an empty part counts nothing, but takes part
+            rows = slice(part.start, part.stop)
+            own = start.rows(draws, (share.start + part.start) % whole, len(part))
+            with nullcontext() if last or world.size == 1 else network.no_sync():
+                with torch.autocast(world.device.split(":")[0], dtype, enabled=dtype is not None):
+                    error = network({name: x[rows] for name, x in samples.items()}, own) * weight
+                scaled = error * world.size                              # several processes: the gradients are averaged
+                (scaler.scale(scaled) if scaler else scaled).backward()
+            loss += error.detach()
+        loss = world.sum(loss).item()
+        if not loss < float("inf"):
+            raise InputError(f"the loss of step {state.step} is {loss}; the last checkpoint is kept ({folder}/last). "
+                             "Resume with another learning rate: --resume=force --train.lr=…")
+        if scaler:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, t.clip_norm or float("inf")).item()
+        if not norm < float("inf") and not scaler:
+            raise InputError(f"the gradient of step {state.step} is not finite; the last checkpoint is kept "
+                             f"({folder}/last). Resume with --resume=force --train.clip_norm=1 or another --train.lr")
+        if scaler:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if average and norm < float("inf"):                              # a step that overflowed has changed nothing
+            average.update(model, t.ema)
+        state.step += 1
+        bar.update()
+        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}")
+        if world.rank == 0 and (state.step % t.log_every == 0 or state.step == t.steps):
+            speed = (state.step - first) / (time.perf_counter() - began)
+            line = {"step": state.step, "loss": loss, "norm": norm, "lr": rate, "steps_per_second": round(speed, 3)}
+            with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        if state.step % t.save_every == 0 or state.step == t.steps:
+            if world.rank == 0:
+                checkpoint.save(folder, state, model.config, about, t.keep)
+            world.wait()
+    bar.close()
+    say(f"{t.steps} steps: {folder}/last")
+    world.leave()
+
+
+if __name__ == "__main__":
+    run(main)
