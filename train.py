@@ -40,10 +40,15 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint.found(folder) and not given.resume:
         raise InputError(f"{folder} holds a run already; --resume=auto goes on with it, another --out= begins anew")
     model = start.model(recipe, say).to(world.device)
-    names = optim.trainable([name for name, _ in model.named_parameters()], t.unet, t.freeze_pose, t.freeze_background,
-                            t.only_pose, t.substring_fault, t.clip)
+    names = [name for name, _ in model.named_parameters()]
+    if recipe.stage == "vae":
+        names = [name for name in names if name.startswith("vae.")]
+    else:
+        names = optim.trainable(names, t.unet, t.freeze_pose, t.freeze_background, t.only_pose, t.substring_fault,
+                                t.clip)
     parameters = optim.select(model, names)
-    dataset = data.Training(recipe.data, model.config.clip.image_size, model.pose is not None, t.seed)
+    with_pose = recipe.stage == "diffusion" and model.pose is not None
+    dataset = data.Training(recipe.data, model.config.clip, with_pose, t.seed)
     world.wait()
     if world.rank == 0:
         claim = checkpoint.lock(folder)                                  # noqa: F841  held until this process ends
@@ -60,13 +65,15 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint.refuse_changes({key: resumed[1][key] for key in about}, about, resumed[0])
     if resumed:
         checkpoint.restore(*resumed, state)
+    elif recipe.stage == "vae" and model.config.vae.linear and not recipe.start:
+        start.principal_components(model, dataset)
     say(f"{sum(p.numel() for p in parameters):,} of {sum(p.numel() for p in model.parameters()):,} values train; "
         f"step {state.step} of {t.steps}; {folder}")
     if t.checkpointing:
         optim.checkpoint_activations(model)
 
     batches = data.loader(dataset, t.batch, state.step, t.steps, world.rank, world.size, recipe.data.workers)
-    network = start.Loss(model, t)
+    network = start.VAELoss(model) if recipe.stage == "vae" else start.Loss(model, t)
     if world.size > 1:
         network = torch.nn.parallel.DistributedDataParallel(network)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(t.precision)

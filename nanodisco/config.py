@@ -38,11 +38,13 @@ class VAEConfig:
     layers: int                        # ResBlocks a level of the encoder; the decoder has one more
     groups: int                        # of every GroupNorm
     scaling: float                     # latents are multiplied by it to have a variance near one
+    stem: int = 1                      # nano: squares of so many pixels become channels first; 1: no
+    linear: bool = False               # nano: a linear encoder and decoder beside, which start as principal components
 
     @property
     def factor(self) -> int:
         """Pixels of the picture per pixel of the latent, each way."""
-        return 2 ** (len(self.widths) - 1)
+        return self.stem * 2 ** (len(self.widths) - 1)
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class ClipConfig:
     mlp: int                           # hidden width of the feed-forward layers
     projection: int                    # width of CLIP's shared image and text space
     activation: str = "quick_gelu"     # or gelu
+    crop: bool = False                 # nano: show the person's box instead of the photo's middle
 
     @property
     def tokens(self) -> int:
@@ -67,6 +70,7 @@ class ControlNetConfig:
     hint: str                          # pixels: a stack of convolutions | latents: one convolution
     channels: int                      # of the hint
     widths: tuple[int, ...] = ()       # of the pixel stack; each after the first halves. () for latents
+    hole: bool = False                 # nano: with latents, one channel more that says where the person stood
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,7 @@ class ModelConfig:
                 _require(net.channels == self.vae.channels, f"{name}.channels",
                          f"is {net.channels}, but the VAE's latent has {self.vae.channels}")
             else:
+                _require(not net.hole, f"{name}.hole", "needs hint: latents")
                 _require(2 ** (len(net.widths) - 1) == self.vae.factor, f"{name}.widths",
                          f"has {len(net.widths)} entries, but {len(self.vae.widths)} reach the latent's size")
         if diffusion.schedule != "cosine":

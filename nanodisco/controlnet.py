@@ -62,7 +62,7 @@ class ControlNet(nn.Module):
         if config.hint == "pixels":
             self.hint = PixelHint(config.channels, config.widths, unet.widths[0])
         else:
-            self.hint = LatentHint(config.channels, unet.widths[0])
+            self.hint = LatentHint(config.channels + config.hole, unet.widths[0])
         self.encoder = Encoder(unet)
         self.zero_skips = nn.ModuleList(ZeroConv2d(c, c, 1) for c in self.encoder.widths_of_skips)
         self.zero_mid = ZeroConv2d(unet.widths[-1], unet.widths[-1], 1)

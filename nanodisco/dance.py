@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanodisco import inputs, transforms, video
-from nanodisco.config import to_dict
+from nanodisco.config import ClipConfig, to_dict
 from nanodisco.data import Validation
 from nanodisco.disco import DisCo
 from nanodisco.errors import InputError
@@ -96,10 +96,10 @@ class Track:
     def batches(self, given: Namespace, clips: bool) -> list[range]:
         return _cut(self.length, self.length if clips else given.batch)
 
-    def shown(self, frames: range, clip_size: int, clip: bool) -> Shown:
+    def shown(self, frames: range, clip: ClipConfig, together: bool) -> Shown:
         pose = torch.stack([transforms.pose(self.poses[i], self.size) for i in frames])
         return Shown([f"{i:06}" for i in frames],
-                     transforms.reference(self.photo, self.mask, clip_size, self.binary)[None],
+                     transforms.reference(self.photo, self.mask, clip.image_size, self.binary, clip.crop)[None],
                      transforms.background(self.scene, self.hole, self.size, self.binary_hole)[None], pose,
                      np.asarray(transforms.fill(self.photo, self.size))[None])
 
@@ -124,13 +124,13 @@ class Set:
             raise InputError(f"{given.data}: no clip of --window {given.window} frames in the first {self.length} rows")
         return found
 
-    def shown(self, frames: range, clip_size: int, clip: bool) -> Shown:
+    def shown(self, frames: range, clip: ClipConfig, together: bool) -> Shown:
         rows = [self.rows[i] for i in frames]
-        own = [(row.reference, row.mask) for row in (rows[:1] if clip else rows)]
+        own = [(row.reference, row.mask) for row in (rows[:1] if together else rows)]
         photos, scenes = ([given] * len(own) if given else own for given in (self.photo, self.scene))
         poses = [row.pose if self.poses is None else self.poses[i] for i, row in zip(frames, rows)]
         return Shown([row.key for row in rows],
-                     torch.stack([transforms.reference(*photo, clip_size) for photo in photos]),
+                     torch.stack([transforms.reference(*photo, clip.image_size, crop=clip.crop) for photo in photos]),
                      torch.stack([transforms.background(*scene, self.size) for scene in scenes]),
                      torch.stack([transforms.pose(pose, self.size) for pose in poses]),
                      np.stack([np.asarray(transforms.fill(photo[0], self.size)) for photo in photos]),
@@ -153,7 +153,7 @@ def _run(model: DisCo, given: Namespace, source: Track | Set) -> int:
     guided = None
     with Results(given, model) as results, tqdm(total=calls * len(batches), unit="step", disable=None) as bar:
         for frames in batches:
-            shown = source.shown(frames, model.config.clip.image_size, clip=video_model)
+            shown = source.shown(frames, model.config.clip, together=video_model)
             if guided is None or not one_reference:
                 guided = _guided(model, given, shown, start, times)
             for step in _steps(model, given, guided, shown, start, frames):

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from nanodisco import dancers, transforms
-from nanodisco.config import read_yaml
+from nanodisco.config import ClipConfig, read_yaml
 from nanodisco.errors import InputError
 from nanodisco.recipe import DataConfig
 from nanodisco.tsv import Table
@@ -96,7 +96,8 @@ class Scene:
     targets: list[Image.Image]         # F frames
     poses: list[Image.Image]           # of each
     reference: Image.Image
-    mask: Image.Image
+    mask: Image.Image                  # of the person in the reference
+    person: Image.Image                # the same of the first frame
 
 
 class Dancers:
@@ -118,10 +119,11 @@ class Dancers:
         first = int(rng.integers(dancers.LOOP))
         frames = [dancers.sample(i, i, i, first + k * self.config.every, size) for k in range(self.config.frames)]
         shown = {"same": first, "first": 0, "random": int(rng.integers(dancers.LOOP))}[self.config.reference]
-        reference = dancers.sample(i, i, i, shown, size)
+        reference = frames[0] if shown == first else dancers.sample(i, i, i, shown, size)
         poses = [Image.fromarray(dancers.pose_picture(frame.keypoints, size)) for frame in frames if with_pose]
         return Scene([Image.fromarray(frame.picture) for frame in frames], poses,
-                     Image.fromarray(reference.picture), Image.fromarray(reference.mask))
+                     Image.fromarray(reference.picture), Image.fromarray(reference.mask),
+                     Image.fromarray(frames[0].mask))
 
 
 class Rows:
@@ -146,27 +148,33 @@ class Rows:
         shown = {"same": i, "first": video.start, "random": int(rng.integers(video.start, video.stop))}[c.reference]
         return Scene([self.rows.images.picture(k) for k in frames],
                      [self.rows.poses.picture(k, 1) for k in frames if with_pose],
-                     self.rows.images.picture(shown), self.rows.masks.picture(shown, 1))
+                     self.rows.images.picture(shown), self.rows.masks.picture(shown, 1),
+                     self.rows.masks.picture(frames[0], 1))
 
 
 class Training(torch.utils.data.Dataset):
     """Samples as tensors. An index is (epoch, i): each epoch draws other frames of the same clips."""
 
-    def __init__(self, config: DataConfig, clip_size: int, with_pose: bool, seed: int):
-        self.config, self.clip_size, self.with_pose, self.seed = config, clip_size, with_pose, seed
+    def __init__(self, config: DataConfig, clip: ClipConfig, with_pose: bool, seed: int):
+        self.config, self.clip, self.with_pose, self.seed = config, clip, with_pose, seed
         self.source = Dancers(config) if config.kind == "dancers" else Rows(config)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Tensor]:
-        """-> target (3, [F,] H, W), reference (3, S, S), background (3, H, W), pose (3, [F,] H, W) if there is one"""
+        """-> target (3, [F,] H, W), reference (3, S, S), background (3, H, W), pose (3, [F,] H, W) if asked for,
+        person (1, H, W) in [0, 1]: where the first frame shows them
+        """
         epoch, i = place
         scene = self.source.scene(i, np.random.default_rng([self.seed, epoch, i]), self.with_pose)
         size = (self.config.width, self.config.height)
         tensors = {"target": self._clip([transforms.target(frame, size) for frame in scene.targets]),
-                   "reference": transforms.reference(scene.reference, scene.mask, self.clip_size),
+                   "reference": transforms.reference(scene.reference, scene.mask, self.clip.image_size,
+                                                     crop=self.clip.crop),
                    "background": transforms.background(scene.reference, scene.mask, size)}
+        person = transforms.mask_tensor(scene.person, scene.targets[0].size, size, Image.Resampling.BILINEAR)
+        tensors["person"] = person[:1]
         if scene.poses:
             tensors["pose"] = self._clip([transforms.pose(frame, size) for frame in scene.poses])
         return tensors

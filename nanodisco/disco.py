@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
+from torch.nn.functional import avg_pool2d, mse_loss
 
 from nanodisco import diffusion
 from nanodisco.clip import ImageEncoder
@@ -99,7 +99,11 @@ class DisCo(nn.Module):
         noise (B, C, h, w): sample the background's posterior, as official; None: take its mean.
         """
         if self.background is not None and self.config.background.hint == "latents":
-            background = self.vae.to_latent(background, noise)
+            latent = self.vae.to_latent(background, noise)
+            if self.config.background.hole:                              # it is 0 there: see transforms.background
+                hole = (background == 0).all(dim=1, keepdim=True).to(latent.dtype)
+                latent = torch.cat([latent, avg_pool2d(hole, self.config.vae.factor)], dim=1)
+            background = latent
         return Conditions(self.clip(reference), pose, background)
 
     def unconditional_tokens(self, tokens: Tensor) -> Tensor:

@@ -62,6 +62,8 @@ class TrainConfig:
 class Recipe:
     data: DataConfig
     train: TrainConfig
+    stage: str = "diffusion"           # or vae: nothing but the pictures' way to latents and back
+    pose: bool = True                  # false: without a pose net, as in attribute pre-training
     model: ModelConfig | None = None   # None: as the files of `start` say; with both, files say the sizes they have
     start: tuple[str, ...] = ()        # weights to start from; later files win
     variant: str = ""                  # of `start`: stage1 | image | temporal; "": what the files hold
@@ -69,7 +71,7 @@ class Recipe:
 
     def __post_init__(self):
         t, d = self.train, self.data
-        choices = (("data.kind", d.kind, ("dancers", "tsv")),
+        choices = (("stage", self.stage, ("diffusion", "vae")), ("data.kind", d.kind, ("dancers", "tsv")),
                    ("data.reference", d.reference, ("first", "random", "same")),
                    ("train.precision", t.precision, ("fp32", "bf16", "fp16")),
                    ("train.loss", t.loss, ("prediction", "epsilon", "v", "x0")),

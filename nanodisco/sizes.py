@@ -30,6 +30,9 @@ def from_shapes(shapes: Shapes) -> dict:
         prefix = f"controlnet.nets.{number}.controlnet_cond_embedding."
         if prefix + "conv_in.weight" in shapes:
             found[name] = _hint(shapes, prefix)
+    hint, vae = found.get("background", {}), found.get("vae", {})
+    if hint.get("hint") == "latents" and hint["channels"] == vae.get("channels", 0) + 1:
+        hint |= {"channels": vae["channels"], "hole": True}
     found["tokens"] = "local" if "refer_clip_proj.weight" in shapes else "local-clip"
     return found
 
@@ -66,7 +69,9 @@ def _unet(shapes: Shapes) -> dict:
 
 def _vae(shapes: Shapes) -> dict:
     widths, layers = _levels(shapes, "vae.encoder.down_blocks.")
-    return {"channels": _shape(shapes, "vae.quant_conv.weight", 4)[0] // 2, "widths": widths, "layers": layers}
+    return {"channels": _shape(shapes, "vae.quant_conv.weight", 4)[0] // 2, "widths": widths, "layers": layers,
+            "stem": math.isqrt(_shape(shapes, "vae.encoder.conv_in.weight", 4)[1] // 3),
+            "linear": "vae.linear_in.weight" in shapes}
 
 
 def _clip(shapes: Shapes) -> dict:

@@ -1,7 +1,7 @@
 """Start: the model that a recipe begins with, and the random numbers and the loss of one of its steps."""
 import json
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from nanodisco import loading
 from nanodisco.config import to_dict
+from nanodisco.data import Training
 from nanodisco.disco import Batch, DisCo, Draws
 from nanodisco.recipe import Recipe, TrainConfig
 
+PICTURES = 400                         # that principal components are taken of
 TOLD = ("pose", "background", "diffusion", "tokens", "uncond")
 
 
@@ -21,15 +23,16 @@ def model(recipe: Recipe, say: Callable[[str], None]) -> DisCo:
     Files say how large their networks are; the recipe's model says the rest: networks that they lack, tokens,
     what is predicted.
     """
+    config = recipe.model if recipe.pose or recipe.model is None else replace(recipe.model, pose=None)
     if recipe.start:
-        told = to_dict(recipe.model) if recipe.model else {}
+        told = to_dict(config) if config else {}
         overrides = [f"--{name}={json.dumps(told[name])}" for name in TOLD if name in told]
         made = loading.load(*recipe.start, variant=recipe.variant or None, overrides=overrides, seed=recipe.train.seed,
                             say=say)
     else:
         with torch.random.fork_rng():
             torch.manual_seed(recipe.train.seed)
-            made = DisCo(recipe.model)
+            made = DisCo(config)
             made.start_controlnets()
     return made.eval()
 
@@ -49,6 +52,25 @@ def rows(draws: Draws, first: int, count: int) -> Draws:
     samples = len(draws.timesteps)
     return Draws(**{f.name: x.unflatten(0, (samples, -1))[first:first + count].flatten(0, 1)
                     for f in fields(draws) for x in [getattr(draws, f.name)]})
+
+
+def principal_components(net: DisCo, dataset: Training) -> None:
+    """Let a VAE with a linear path begin where these pictures are."""
+    pictures = torch.stack([dataset[0, i]["target"] for i in range(min(PICTURES, len(dataset)))])
+    net.vae.start_linear(pictures)
+
+
+class VAELoss(nn.Module):
+    """Of the VAE alone. The person counts three times: it is small, and what one looks at."""
+
+    def __init__(self, model: DisCo):
+        super().__init__()
+        self.vae = model.vae
+
+    def forward(self, samples: dict[str, Tensor], draws: Draws) -> Tensor:
+        """Of a part of a batch, its mean.   -> ()"""
+        noise = draws.target.to(samples["target"].device)
+        return self.vae.loss(samples["target"], noise, 1 + 2 * samples["person"])
 
 
 class Loss(nn.Module):

@@ -49,16 +49,29 @@ def pose(picture: Image.Image, size: Size) -> Tensor:
     return to_tensor(fill(picture.convert("RGB"), size))
 
 
-def reference(picture: Image.Image, mask: Image.Image, size: int, binary: bool = False) -> Tensor:
+def reference(picture: Image.Image, mask: Image.Image, size: int, binary: bool = False, crop: bool = False) -> Tensor:
     """The person for CLIP.   (3, S, S), zero outside of the mask
 
     official: bicubic without antialiasing on floats, so a large photo is sampled at points.
+    crop: the square around the person's box, from beyond the picture's edge if need be, not the picture's middle.
     """
+    if crop:
+        picture, mask = around(picture, mask)
     left, top, right, bottom = centre(picture.size, (1, 1))
     square = to_tensor(picture)[:, top:bottom, left:right]
     square = interpolate(square[None], size=(size, size), mode="bicubic", align_corners=False)[0]
     mean, std = (torch.tensor(x)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
     return (square - mean) / std * mask_tensor(mask, picture.size, (size, size), Image.Resampling.BICUBIC, binary)
+
+
+def around(picture: Image.Image, mask: Image.Image) -> tuple[Image.Image, Image.Image]:
+    """Both cut to the square around what the mask shows, a twelfth wider each way."""
+    mask = mask.convert("L").resize(picture.size)
+    left, top, right, bottom = mask.point(lambda grey: 255 if grey >= 128 else 0).getbbox() or (0, 0, *picture.size)
+    half = round(max(right - left, bottom - top) * 7 / 12)
+    x, y = (left + right) // 2, (top + bottom) // 2
+    box = (x - half, y - half, x + half, y + half)
+    return picture.crop(box), mask.crop(box)
 
 
 def from_clip(reference: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ them a variance near one: `to_latent` and `to_picture` apply it. Official name: 
 """
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle, unfold
 
 from nanodisco.config import VAEConfig
 from nanodisco.layers import Down, GroupNormSiLU, ResBlock, Up
@@ -16,6 +18,8 @@ from nanodisco.transformer import SelfAttention
 
 EPS = 1e-6                             # of every norm here; the UNet has 1e-5
 COLOURS = 3
+LITTLE = -6.0                          # logarithm of the posterior's variance when training begins
+KL_WEIGHT = 2e-4
 
 
 @dataclass
@@ -74,7 +78,8 @@ class PictureEncoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths, groups = config.widths, config.groups
-        self.conv_in = nn.Conv2d(COLOURS, widths[0], 3, padding=1)
+        self.stem = config.stem
+        self.conv_in = nn.Conv2d(COLOURS * config.stem ** 2, widths[0], 3, padding=1)
         self.down = nn.ModuleList(
             Level(widths[max(i - 1, 0)], width, config.layers, groups,
                   Down(width, one_sided=True) if i < len(widths) - 1 else None)
@@ -84,7 +89,7 @@ class PictureEncoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
+        h = self.conv_in(pixel_unshuffle(x, self.stem) if self.stem > 1 else x)
         for level in self.down:
             h = level(h)
         return self.conv_out(self.norm_out(self.mid(h)))
@@ -103,13 +108,15 @@ class PictureDecoder(nn.Module):
                   Up(width) if i < len(widths) - 1 else None)
             for i, width in enumerate(widths))
         self.norm_out = GroupNormSiLU(groups, widths[-1], EPS)
-        self.conv_out = nn.Conv2d(widths[-1], COLOURS, 3, padding=1)
+        self.stem = config.stem
+        self.conv_out = nn.Conv2d(widths[-1], COLOURS * config.stem ** 2, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
         for level in self.up:
             h = level(h)
-        return self.conv_out(self.norm_out(h))
+        x = self.conv_out(self.norm_out(h))
+        return pixel_shuffle(x, self.stem) if self.stem > 1 else x
 
 
 class VAE(nn.Module):
@@ -122,16 +129,47 @@ class VAE(nn.Module):
         self.decoder = PictureDecoder(config)
         self.to_moments = nn.Conv2d(2 * config.channels, 2 * config.channels, 1)      # official: quant_conv
         self.from_latent = nn.Conv2d(config.channels, config.channels, 1)             # official: post_quant_conv
+        self.linear_in = self.linear_out = None
+        if config.linear:
+            self.linear_in = nn.Conv2d(COLOURS, config.channels, config.factor, stride=config.factor)
+            self.linear_out = nn.ConvTranspose2d(config.channels, COLOURS, config.factor, stride=config.factor)
+
+    @torch.no_grad()
+    def start_linear(self, pictures: Tensor) -> None:
+        """Let it begin as principal components of the squares of these pictures (B, 3, H, W) in [-1, 1].
+
+        The linear path encodes and decodes them; everything else adds nothing yet. A component of variance v
+        is divided by v^(1/4), between keeping its size and making all alike, and then all by one number: the
+        latent's variance is 1.
+        """
+        factor, count = self.linear_in.stride[0], self.linear_in.out_channels
+        squares = unfold(pictures, factor, stride=factor).transpose(1, 2).flatten(0, 1).double()       # (N, 3 f f)
+        mean = squares.mean(0)
+        variance, axes = torch.linalg.eigh((squares - mean).T @ (squares - mean) / len(squares))
+        variance, axes = variance.flip(0)[:count], axes.flip(1)[:, :count].T                           # (C, 3 f f)
+        scale = variance ** -0.25 / (variance ** 0.5).mean() ** 0.5
+        self.linear_in.weight.copy_((axes * scale[:, None]).view_as(self.linear_in.weight))
+        self.linear_in.bias.copy_(-(axes * scale[:, None]) @ mean)
+        self.linear_out.weight.copy_((axes / scale[:, None]).view_as(self.linear_out.weight))
+        self.linear_out.bias.copy_(mean.view(COLOURS, -1).mean(1))
+        for silent in (self.to_moments, self.decoder.conv_out):
+            nn.init.zeros_(silent.weight)
+            nn.init.zeros_(silent.bias)
+        self.to_moments.bias[count:] = LITTLE                            # of the logarithm of the variance
 
     def encode(self, x: Tensor) -> Posterior:
         """x (B, 3, H, W) in [-1, 1] -> q(z | x) with mean and logvar (B, C, h, w)"""
         x = x.to(self.to_moments.weight.dtype)
         mean, logvar = self.to_moments(self.encoder(x)).chunk(2, dim=1)
+        if self.linear_in is not None:
+            mean = mean + self.linear_in(x)
         return Posterior(mean, logvar.clamp(-30, 20))
 
     def decode(self, z: Tensor) -> Tensor:
         """z (B, C, h, w), not scaled -> (B, 3, H, W), about [-1, 1], not clamped"""
-        return self.decoder(self.from_latent(z.to(self.from_latent.weight.dtype)))
+        z = z.to(self.from_latent.weight.dtype)
+        x = self.decoder(self.from_latent(z))
+        return x if self.linear_out is None else x + self.linear_out(z)
 
     def to_latent(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """What the networks see: scaling * (mean + std * noise).   (B, 3, H, W) -> (B, C, h, w)
@@ -143,3 +181,17 @@ class VAE(nn.Module):
     def to_picture(self, z: Tensor) -> Tensor:
         """The inverse: z (B, C, h, w), scaled -> (B, 3, H, W) in [0, 1]"""
         return (self.decode(z / self.scaling) / 2 + 0.5).clamp(0, 1)
+
+    def loss(self, x: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
+        """How much is lost on the way, with the price of the latent's information.   -> ()
+
+        |x' - x| + (x' - x)^2 + 1/2 |gradient of x' - gradient of x|, each pixel times `weight` (B, 1, H, W), plus
+        KL_WEIGHT times the divergence of q(z | x) from N(0, 1) a latent number (arXiv:1312.6114, appendix B).
+        """
+        posterior = self.encode(x)
+        wrong = (self.decode(posterior.sample(noise)) - x).float()
+        error = (weight * (wrong.abs() + wrong.square())).mean()
+        for axis in (2, 3):
+            error = error + 0.5 * (weight.narrow(axis, 1, weight.shape[axis] - 1) * wrong.diff(dim=axis).abs()).mean()
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        return error + KL_WEIGHT * 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()

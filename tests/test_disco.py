@@ -152,3 +152,18 @@ def test_the_loss_on_something_else_is_the_loss_weighted(prediction, on):
     with torch.no_grad():
         wanted = net.loss(batch, draws) / scale[prediction] * scale[on]
         assert_close(net.loss(batch, draws, on=on), wanted, rtol=1e-4, atol=0)
+
+
+def test_the_hole_is_a_channel_of_its_own():
+    net = build("image")
+    net.config = replace(net.config, background=replace(net.config.background, hole=True))
+    factor, channels = net.config.vae.factor, net.config.vae.channels
+    scene = torch.rand(1, 3, 8 * factor, 8 * factor) + 0.1
+    scene[:, :, :2 * factor, :factor] = 0
+    scene[:, :, 4 * factor:4 * factor + factor // 2, 4 * factor:5 * factor] = 0      # half of a place of the latent
+    with torch.no_grad():
+        seen = net.conditions(torch.zeros(1, 3, *[net.config.clip.image_size] * 2), scene, None)
+    wanted = torch.zeros(8, 8)
+    wanted[:2, 0], wanted[4, 4] = 1, 0.5
+    assert seen.background.shape == (1, channels + 1, 8, 8) and torch.equal(seen.background[0, -1], wanted)
+

@@ -11,14 +11,15 @@ ROOT = Path(__file__).parent.parent
 ROWS = [                               # a file imports only from rows above its own; the order to read them in, too
     ["kernels"],
     ["errors"],
-    ["config", "distributed", "files", "memo", "names", "pose", "shapes", "temporal", "transforms", "tsv", "unpickle"],
+    ["config", "distributed", "files", "memo", "metrics", "names", "pose", "shapes", "temporal", "transforms", "tsv",
+     "unpickle"],
     ["diffusion", "estimate", "layers", "recipe", "rooms", "sizes", "transformer", "video"],
     ["clip", "dancers", "inputs", "optim", "sampling", "vae", "weights"],
     ["checkpoint", "data", "datasets", "unet"],
     ["controlnet"],
     ["disco"],
     ["guidance", "loading"],
-    ["convert", "dance", "start"]]
+    ["convert", "dance", "judge", "start"]]
 
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}
 FILES = sorted(path for package in ("nanodisco", "kernels") for path in (ROOT / package).rglob("*.py"))

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import prepare_data
 import train
 from nanodisco import checkpoint, dancers, data, optim, recipe, start, transforms
-from nanodisco.config import to_dict
+from nanodisco.config import ClipConfig, to_dict
 from nanodisco.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +33,9 @@ MODEL = {"unet": {"channels": 4, "widths": [16, 16], "attention": [True, False],
 RECIPE = {"model": MODEL, "data": {"kind": "dancers", "clips": 11, "width": 16, "height": 16, "reference": "random"},
           "train": {"steps": 6, "batch": 4, "lr": 1e-3, "ema": 0.9, "drop_reference": 0.2, "save_every": 2,
                     "log_every": 1}}
+
+
+CLIP = ClipConfig(**MODEL["clip"])
 
 
 @pytest.fixture
@@ -249,7 +252,8 @@ def test_a_set_of_files_is_trained_on_as_the_dancers_are(place):
                        "--format", "tsv"])
     made = trained(place, "a", f"--data={{kind: tsv, path: {place / 'set' / 'train.yaml'}, width: 16, height: 16}}")
     assert made and checkpoint.newest(place / "a", print)[1]["data"].startswith("6 rows")
-    rows = data.Training(recipe.DataConfig("tsv", str(place / "set" / "train.yaml"), width=16, height=16), 16, True, 0)
+    config = recipe.DataConfig("tsv", str(place / "set" / "train.yaml"), width=16, height=16)
+    rows = data.Training(config, CLIP, True, 0)
     shown, wanted = rows[0, 3], dancers.sample(1, 1, 1, 1, 16)
     assert torch.equal(shown["target"], transforms.target(Image.fromarray(wanted.picture), (16, 16)))
     reference = dancers.sample(1, 1, 1, 0, 16)
@@ -259,7 +263,7 @@ def test_a_set_of_files_is_trained_on_as_the_dancers_are(place):
 
 def test_clips_are_neighbouring_frames_of_one_video(place):
     config = recipe.DataConfig("dancers", clips=5, width=16, height=16, frames=3, every=2, reference="same")
-    shown = data.Training(config, 16, True, 0)[0, 4]
+    shown = data.Training(config, CLIP, True, 0)[0, 4]
     first = int(np.random.default_rng([0, 0, 4]).integers(dancers.LOOP))
     wanted = [dancers.sample(4, 4, 4, first + 2 * k, 16) for k in range(3)]
     for k, frame in enumerate(wanted):
@@ -275,7 +279,7 @@ def test_the_video_model_trains(place):
 
 
 def test_pre_training_has_no_pose_and_its_weights_go_into_the_next_stage(place, capsys):
-    made = trained(place, "one", "--model.pose=null", "--data.reference=same")
+    made = trained(place, "one", "--pose=false", "--data.reference=same")
     assert not any(name.startswith("pose.") for name in made)
     values = RECIPE | {"start": ["one/last"], "variant": "image"}
     (place / "two.yaml").write_text(yaml.safe_dump(values))

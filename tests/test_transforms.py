@@ -95,3 +95,22 @@ def test_binary_mask_keeps_every_trace_of_the_person():
 def test_frames_are_rounded_and_clamped():
     pictures = torch.tensor([-0.1, 0.498, 0.499, 2.0]).reshape(1, 1, 1, 4)
     assert transforms.to_frames(pictures)[0, 0, :, 0].tolist() == [0, 127, 127, 255]
+
+
+def test_a_cropped_reference_is_the_square_around_the_person():
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (100, 80, 3), dtype=np.uint8))
+    mask = Image.new("L", (80, 100))
+    mask.paste(255, (30, 40, 50, 64))                                    # 24 high: the square is 28 wide
+    picture, cut = transforms.around(photo, mask)
+    assert picture.size == cut.size == (28, 28)
+    assert np.array_equal(np.asarray(picture), np.asarray(photo)[38:66, 26:54])
+    assert np.asarray(cut).astype(bool).sum() == 20 * 24
+
+
+def test_a_person_at_the_edge_is_cropped_with_nothing_beyond_it():
+    photo, mask = Image.new("RGB", (40, 40), (255, 255, 255)), Image.new("L", (40, 40))
+    mask.paste(255, (0, 0, 12, 36))
+    picture, cut = transforms.around(photo, mask)
+    assert picture.size == (42, 42) and not np.asarray(cut)[:, :15].any()
+    assert not transforms.reference(photo, mask, 32, crop=True)[:, :, :11].any()
+

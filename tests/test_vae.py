@@ -6,8 +6,9 @@ import torch
 from reference import SAME, copy_weights, normal, randomised
 from torch.testing import assert_close
 
+from nanodisco import dancers
 from nanodisco.config import VAEConfig
-from nanodisco.vae import VAE, Posterior
+from nanodisco.vae import KL_WEIGHT, LITTLE, VAE, Posterior
 
 TINY = VAEConfig(4, (8, 16), layers=1, groups=4, scaling=0.5)
 
@@ -99,3 +100,54 @@ def test_to_picture_takes_the_scaling_back_and_maps_minus_one_to_one_onto_zero_t
 def test_pictures_of_a_batch_do_not_see_each_other():
     net, x = randomised(VAE(TINY)), picture()
     assert_close(net.encode(x).mean, torch.cat([net.encode(x[:1]).mean, net.encode(x[1:]).mean]), **SAME)
+
+
+# ---- The nano model's additions -------------------------------------------------------------------------
+
+def nano(pictures: torch.Tensor, channels: int = 8) -> VAE:
+    torch.manual_seed(0)
+    net = VAE(VAEConfig(channels=channels, widths=(16, 32), layers=1, groups=4, scaling=1.0, stem=2, linear=True))
+    net.start_linear(pictures)
+    return net.requires_grad_(False)
+
+
+def room_pictures(count: int = 40) -> torch.Tensor:
+    frames = [dancers.sample(i, i, i, i, 32).picture for i in range(count)]
+    return torch.stack([torch.from_numpy(frame.copy()).permute(2, 0, 1).float() / 127.5 - 1 for frame in frames])
+
+
+def test_principal_components_lose_what_the_left_out_ones_hold():
+    """The mean squared error is the sum of the smallest eigenvalues of the squares' covariance, over their number."""
+    pictures = room_pictures()
+    net = nano(pictures)
+    squares = pictures.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(-1, 48).double()
+    eigenvalues = torch.linalg.eigvalsh(torch.cov(squares.T, correction=0))
+    mean_of_colours = squares.mean(0).view(3, 16).mean(1, keepdim=True)
+    uneven = (squares.mean(0).view(3, 16) - mean_of_colours).square().sum()     # one bias a colour cannot say more
+    error = (net.decode(net.encode(pictures).mean) - pictures).square().mean()
+    assert error.item() == pytest.approx((eigenvalues[:-8].sum() + uneven).item() / 48, rel=1e-3)
+
+
+def test_the_latent_of_principal_components_has_the_variance_one_and_little_noise():
+    pictures = room_pictures()
+    posterior = nano(pictures).encode(pictures)
+    assert posterior.mean.var(dim=(0, 2, 3), correction=0).mean().item() == pytest.approx(1, rel=1e-3)
+    assert (posterior.logvar == LITTLE).all() and posterior.mean.shape == (40, 8, 8, 8)
+
+
+def test_a_loss_of_nothing_is_the_price_of_the_latent_alone():
+    net, x = nano(room_pictures(4), channels=48), room_pictures(4)
+    posterior = net.encode(x)                                            # 48 components of 48 lose only the uneven mean
+    price = KL_WEIGHT * 0.5 * (posterior.mean ** 2 + posterior.logvar.exp() - 1 - posterior.logvar).mean()
+    wrong = net.decode(posterior.mean) - x
+    error = wrong.abs().mean() + wrong.square().mean() + sum(0.5 * wrong.diff(dim=d).abs().mean() for d in (2, 3))
+    got = net.loss(x, torch.zeros_like(posterior.mean), torch.ones(4, 1, 32, 32))
+    assert got.item() == pytest.approx((error + price).item(), rel=1e-4)
+
+
+def test_pixels_count_by_their_weight():
+    net, x = nano(room_pictures(4)), room_pictures(4)
+    noise, ones = torch.zeros(4, 8, 8, 8), torch.ones(4, 1, 32, 32)
+    price = net.loss(x, noise, 0 * ones)
+    torch.testing.assert_close(net.loss(x, noise, 3 * ones) - price, 3 * (net.loss(x, noise, ones) - price))
+

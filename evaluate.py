@@ -1,0 +1,71 @@
+"""Scores.
+
+    python evaluate.py --protocol dancers --weights weights/nano --count 96 --steps 20 --cfg 1.5
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from nanodisco.errors import InputError, run
+from nanodisco.files import appearing
+
+COLUMNS = ("psnr", "ssim", "iou", "colour", "shirt_legs", "background", "hole")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="evaluate.py", description="How good a model's pictures are.")
+    top.add_argument("--protocol", choices=("dancers",), default="dancers", help="dancers: held-out synthetic people, "
+                     "rooms and dances, scored against the true frames (default)")
+    top.add_argument("--weights", metavar="DIR", default="weights/nano", help="default weights/nano")
+    top.add_argument("--count", type=int, default=96, help="pictures (default 96)")
+    top.add_argument("--size", type=int, default=64, help="pixels (default 64)")
+    top.add_argument("--steps", type=int, default=20, help="sampling steps (default 20)")
+    top.add_argument("--cfg", type=float, default=1.5, help="guidance (default 1.5)")
+    top.add_argument("--seed", type=int, default=0, help="of the held-out people and of the noise (default 0)")
+    top.add_argument("--stranger", action="store_true", help="show another person than the one to draw: a model that "
+                     "looks at the reference then draws the wrong clothes")
+    top.add_argument("--device", default="auto", help="auto, cpu, cuda (default auto)")
+    top.add_argument("--json", metavar="FILE", help="write the scores there")
+    top.add_argument("--pictures", metavar="PNG", help="write reference | pose | truth | picture of the first 16 there")
+    return top
+
+
+def main(argv: list[str] | None = None) -> None:
+    given = parser().parse_args(argv)
+    for flag, low, high in (("count", 1, 10**5), ("steps", 1, 1000), ("seed", 0, 899), ("size", 8, 1024)):
+        if not low <= getattr(given, flag) <= high:
+            raise InputError(f"--{flag} {getattr(given, flag)}; expected {low} to {high}")
+    if not Path(given.weights).exists():
+        raise InputError(f"{given.weights} is not there; expected a folder of weights, such as RUN/last of train.py")
+    for path in filter(None, (given.json, given.pictures)):
+        if Path(path).exists():
+            raise InputError(f"{path} is already there; remove it or choose another name")
+    from tqdm import tqdm
+
+    from nanodisco import dance, judge
+    from nanodisco.loading import for_inference, load
+    model = load(given.weights, say=lambda text: print(text, file=sys.stderr))
+    model = for_inference(model, dance.device_of(given.device))
+    factor = model.config.vae.factor
+    if given.size % factor:
+        raise InputError(f"--size {given.size}; expected a multiple of {factor}, the latent factor of these weights")
+    of = judge.pairs(given.count, given.seed, given.size, int(given.stranger))
+    with tqdm(total=len(of), unit="picture", disable=None) as bar:
+        made = judge.imagined(model, of, given.steps, given.cfg, given.seed, bar.update)
+    rows = {"": judge.scores(made, of), "copy.": judge.scores(judge.copied(of), of),
+            "ceiling.": judge.scores(judge.through_vae(model, of), of)}
+    print(f"{'':10}" + "".join(f"{column:>11}" for column in COLUMNS))
+    for name, row in zip(("ours", "copy", "ceiling"), rows.values()):
+        print(f"{name:10}" + "".join(f"{row[column]:11.3f}" for column in COLUMNS))
+    if given.json:
+        found = {prefix + column: row[column] for prefix, row in rows.items() for column in COLUMNS}
+        found |= {name: getattr(given, name) for name in ("count", "steps", "cfg", "seed", "stranger")}
+        with appearing(given.json) as place:
+            place.write_text(json.dumps(found, indent=1))
+    if given.pictures:
+        judge.write_sheet(Path(given.pictures), made[:16], of[:16])
+
+
+if __name__ == "__main__":
+    run(main)
