@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     parameters = optim.select(model, names)
     with_pose = recipe.stage == "diffusion" and model.pose is not None
     dataset = data.Training(recipe.data, model.config.clip, with_pose, t.seed)
+    steps = t.steps or t.epochs * max(len(dataset) // t.batch, 1)
     world.wait()
     if world.rank == 0:
         claim = checkpoint.lock(folder)                                  # noqa: F841  held until this process ends
@@ -68,11 +69,11 @@ def main(argv: list[str] | None = None) -> None:
     elif recipe.stage == "vae" and model.config.vae.linear and not recipe.start:
         start.principal_components(model, dataset)
     say(f"{sum(p.numel() for p in parameters):,} of {sum(p.numel() for p in model.parameters()):,} values train; "
-        f"step {state.step} of {t.steps}; {folder}")
+        f"step {state.step} of {steps}; {folder}")
     if t.checkpointing:
         optim.checkpoint_activations(model)
 
-    batches = data.loader(dataset, t.batch, state.step, t.steps, world.rank, world.size, recipe.data.workers)
+    batches = data.loader(dataset, t.batch, state.step, steps, world.rank, world.size, recipe.data.workers)
     network = start.VAELoss(model) if recipe.stage == "vae" else start.Loss(model, t)
     if world.size > 1:
         network = torch.nn.parallel.DistributedDataParallel(network)
@@ -80,9 +81,9 @@ def main(argv: list[str] | None = None) -> None:
     began, first = time.perf_counter(), state.step
 
     from tqdm import tqdm
-    bar = tqdm(total=t.steps, initial=state.step, unit="step", disable=None if world.rank == 0 else True)
-    while state.step < t.steps:
-        rate = optim.learning_rate(state.step, t.steps, t.lr, t.warmup, t.constant_lr)
+    bar = tqdm(total=steps, initial=state.step, unit="step", disable=None if world.rank == 0 else True)
+    while state.step < steps:
+        rate = optim.learning_rate(state.step, steps, t.lr, t.warmup, t.constant_lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
         samples = {name: tensor.to(world.device) for name, tensor in next(batches).items()}
@@ -122,17 +123,17 @@ def main(argv: list[str] | None = None) -> None:
         state.step += 1
         bar.update()
         bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}")
-        if world.rank == 0 and (state.step % t.log_every == 0 or state.step == t.steps):
+        if world.rank == 0 and (state.step % t.log_every == 0 or state.step == steps):
             speed = (state.step - first) / (time.perf_counter() - began)
             line = {"step": state.step, "loss": loss, "norm": norm, "lr": rate, "steps_per_second": round(speed, 3)}
             with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-        if state.step % t.save_every == 0 or state.step == t.steps:
+        if state.step % t.save_every == 0 or state.step == steps:
             if world.rank == 0:
                 checkpoint.save(folder, state, model.config, about, t.keep)
             world.wait()
     bar.close()
-    say(f"{t.steps} steps: {folder}/last")
+    say(f"{steps} steps: {folder}/last")
     world.leave()
 
 

@@ -3,7 +3,7 @@
     model: ../model/sd-image-variations.yaml     # or its keys; without it the files of `start` say what it is
     start: [sd-image-variations-diffusers, pretrained/last]
     data: {kind: tsv, path: train.yaml}
-    train: {steps: 20000, batch: 32, lr: 2e-4}
+    train: {epochs: 20, batch: 256, lr: 2e-4}
 
 Files are looked for beside the YAML file first, then from where the command is run.
 """
@@ -29,9 +29,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int                         # updates of the weights
     batch: int                         # samples of one update, over all processes and parts
     lr: float                          # highest learning rate
+    steps: int = 0                     # updates of the weights; 0: as many as `epochs` are
+    epochs: int = 0                    # times through the data. official: whole batches only are counted
     accumulate: int = 1                # parts that a process cuts its share of a batch into; 1: none
     warmup: float = 0.1                # share of the steps
     constant_lr: bool = False          # after the warm-up; false: linearly down
@@ -80,10 +81,12 @@ class Recipe:
             if value not in allowed:
                 raise InputError(f"{name} is {value!r}; expected one of {', '.join(filter(None, allowed))}")
         for group in (t, d):
-            for name in ("steps", "batch", "accumulate", "log_every", "save_every", "frames", "every", "width",
+            for name in ("batch", "accumulate", "log_every", "save_every", "frames", "every", "width",
                          "height"):
                 if getattr(group, name, 1) < 1:
                     raise InputError(f"{name} is {getattr(group, name)}; expected 1 or more")
+        if (t.steps > 0) == (t.epochs > 0) or min(t.steps, t.epochs) < 0:
+            raise InputError(f"train.steps is {t.steps}, train.epochs {t.epochs}; expected one of them, 1 or more")
         for name in ("warmup", "ema", "drop_reference", "drop_pose"):
             if not 0 <= getattr(t, name) <= 1:
                 raise InputError(f"train.{name} is {getattr(t, name)}; expected 0 to 1")

@@ -154,6 +154,12 @@ def test_two_processes_are_as_one(place, more):
     assert difference(place / "one", place / "two") < 1e-5
 
 
+def test_epochs_are_counted_in_whole_batches(place):
+    """official: (rows // batch) x epochs steps."""
+    trained(place, "a", "--train.steps=0", "--train.epochs=3")
+    assert checkpoint.newest(place / "a", print)[1]["step"] == 3 * (11 // 4)
+
+
 def test_workers_do_not_change_what_is_seen(place):
     assert same(trained(place, "a"), trained(place, "b", "--data.workers=2"))
 
@@ -344,6 +350,7 @@ def test_a_line_is_logged_for_every_step(place):
     ("--data.kind=dancer", "expected one of dancers, tsv"),
     ("--start=[pretrained/last]", "it is what this stage goes on"),
     ("--train.precision=fp8", "expected one of fp32"), ("--model=null", "neither model nor start"),
+    ("--train.epochs=2", "expected one of them"), ("--train.steps=0", "expected one of them"),
     ("--data={kind: tsv}", "data.path is missing"), ("--train.ema=2", "expected 0 to 1")])
 def test_bad_recipes_are_refused(place, argument, words):
     with pytest.raises(InputError, match=words):
@@ -370,3 +377,28 @@ ORIGINAL = start.Loss.forward
 def test_fields_of_a_recipe_survive_the_file(place):
     made = recipe.load(place / "tiny.yaml", ["--train.lr=3e-4"])
     assert made.train == replace(recipe.load(place / "tiny.yaml").train, lr=3e-4)
+
+
+RECIPES = sorted(path for path in (ROOT / "config").rglob("*.yaml") if "model" not in str(path.relative_to(ROOT)))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_recipes_of_the_repository_can_be_read(path):
+    made = recipe.load(path, ["--start=[]", f"--model={json.dumps(MODEL)}"])     # the files to start from are not here
+    assert made.train.lr > 0
+    for name in yaml.safe_load(path.read_text()).get("start", ()):
+        assert name == "sd-image-variations-diffusers" or (path.parent / f"{Path(name).parts[-2]}.yaml").exists()
+
+
+@pytest.mark.parametrize("name, official", [
+    ("pretrain", {"lr": 1e-3, "epochs": 40, "unet": "transblocks"}),
+    ("finetune", {"lr": 2e-4, "epochs": 20, "unet": "all"}),
+    ("finetune_cfg", {"lr": 2e-4, "epochs": 20, "unet": "all", "drop_reference": 0.05, "drop_whole_batch": True}),
+    ("temporal", {"lr": 1e-4, "epochs": 20}),
+    ("human_specific", {"lr": 1e-3, "steps": 500, "unet": "crossattn", "freeze_pose": True})])
+def test_the_official_stages_have_the_official_values(name, official):
+    values = yaml.safe_load((ROOT / "config" / f"{name}.yaml").read_text())["train"]
+    read = recipe.from_dict(recipe.TrainConfig, values)
+    everywhere = {"weight_decay": 1e-3, "betas": (0.9, 0.98), "warmup": 0.1, "clip_norm": 0.0}
+    for key, value in (official | everywhere).items():
+        assert getattr(read, key) == value
