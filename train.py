@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint.refuse_changes({key: resumed[1][key] for key in about}, about, resumed[0])
     if resumed:
         checkpoint.restore(*resumed, state)
+        if world.rank == 0:
+            checkpoint.cut_log(folder / "log.jsonl", state.step)
     elif recipe.stage == "vae" and model.config.vae.linear and not recipe.start:
         start.principal_components(model, dataset)
     say(f"{sum(p.numel() for p in parameters):,} of {sum(p.numel() for p in model.parameters()):,} values train; "

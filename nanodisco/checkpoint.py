@@ -9,6 +9,7 @@
 What a step draws follows from (seed, step), so no state of random generators is kept.
 """
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -150,6 +151,16 @@ def tidy(run: Path) -> None:
         shutil.rmtree(place, ignore_errors=True)
     for link in run.glob(".last.*"):
         link.unlink(missing_ok=True)
+
+
+def cut_log(log: Path, step: int) -> None:
+    """Drop the lines of steps after this one: they are made again."""
+    if log.exists():
+        lines = [line for line in log.read_text().splitlines(keepends=True)
+                 if line.endswith("\n") and json.loads(line)["step"] <= step]
+        beside = log.with_name(f".{log.name}.{os.getpid()}")
+        beside.write_text("".join(lines))
+        os.replace(beside, log)
 
 
 def differences(old: dict, new: dict, where: str = "") -> list[str]:

@@ -190,28 +190,33 @@ def test_a_run_in_two_pieces_is_the_whole_run(place):
     assert same(whole, trained(place, "pieces", "--train.keep=0", "--resume=force"))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_at_any_moment_a_run_ends_with_the_same_bits(place, ranks):
-    """SIGKILL to all of its processes, three times with one and twice with two."""
-    more = ("--train.steps=40", "--train.save_every=1", "--train.keep=2")
+def killed_and_resumed(place: Path, ranks: int, kills: int, seed: int) -> bool:
+    """Are the last bits of a run that was killed so often those of one that was not?
+
+    SIGKILL to all of its processes, at a random moment after the first step that it makes. A checkpoint is
+    saved after every step, so these moments lie within steps, between their parts, in saves and renames.
+    """
+    more = ("--train.steps=60", "--train.save_every=1", "--train.accumulate=2", "--resume=auto")
     subprocess.run(command(place, "whole", *more, ranks=ranks), env=environment(), check=True, capture_output=True)
-    wanted, moment = tensors(place / "whole"), random.Random(ranks)
-    kills = 0
-    while kills < 4 - ranks:
-        process = subprocess.Popen(command(place, "killed", *more, "--resume=auto", ranks=ranks), env=environment(),
+    run, moment = place / "killed", random.Random(seed)
+    for _ in range(kills):
+        newest = checkpoint.found(run)[-1:]
+        process = subprocess.Popen(command(place, "killed", *more, ranks=ranks), env=environment(),
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        before = len(list((place / "killed").glob("step-*")))
-        deadline = time.monotonic() + 120
-        while len(list((place / "killed").glob("step-*"))) <= min(before, 1) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(moment.uniform(0, 0.4))
-        kills += process.poll() is None
-        subprocess.run(["pkill", "-KILL", "-f", str(place / "killed")])
+        while checkpoint.found(run)[-1:] == newest and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(moment.uniform(0, 0.15))
+        assert process.poll() is None, "it ended before it was killed: --train.steps is too small for so many kills"
+        subprocess.run(["pkill", "-KILL", "-f", str(run)])
         process.wait()
-    subprocess.run(command(place, "killed", *more, "--resume=auto", ranks=ranks), env=environment(), check=True,
-                   capture_output=True)
-    assert same(wanted, tensors(place / "killed"))
-    assert not list((place / "killed").glob(".step-*"))
+    subprocess.run(command(place, "killed", *more, ranks=ranks), env=environment(), check=True, capture_output=True)
+    assert not list(run.glob(".step-*"))
+    return same(tensors(place / "whole"), tensors(run))
+
+
+@pytest.mark.parametrize("ranks, kills", [(1, 3), (2, 2)])
+def test_killed_at_any_moment_a_run_ends_with_the_same_bits(place, ranks, kills):
+    assert killed_and_resumed(place, ranks, kills, seed=ranks)
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(place, capsys):
@@ -224,6 +229,22 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(place, capsys):
     assert "step-0000006 is damaged (training.safetensors)" in capsys.readouterr().out
     shutil.rmtree(newest.parent)
     assert same(whole, trained(place, "a", "--train.keep=0", "--resume=auto"))
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole(place):
+    small = place / "small"
+    small.mkdir()
+    if os.system(f"mount -t tmpfs -o size=6M tmpfs {small} 2>/dev/null"):
+        pytest.skip("mounting a small file system is not permitted here")
+    try:
+        ran = subprocess.run(command(place, "small/run", "--train.keep=0", "--train.save_every=1"), env=environment(),
+                             capture_output=True, text=True)
+        assert ran.returncode == 2 and "Traceback" not in ran.stderr and "No space left" in ran.stderr.splitlines()[-1]
+        newest, about = checkpoint.newest(small / "run", print)
+        assert newest == checkpoint.found(small / "run")[-1] and about["step"] >= 1
+        assert os.readlink(small / "run" / "last") == newest.name and not list((small / "run").glob(".step-*"))
+    finally:
+        os.system(f"umount {small}")
 
 
 def test_another_recipe_is_refused_with_what_changed(place):
@@ -339,6 +360,16 @@ def test_a_line_is_logged_for_every_step(place):
     trained(place, "a")
     lines = [json.loads(line) for line in (place / "a" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and all(line["loss"] > 0 for line in lines)
+
+
+def test_steps_that_are_made_again_are_logged_once(place):
+    trained(place, "a", "--train.keep=0")
+    shutil.rmtree(place / "a" / "step-0000006")
+    with open(place / "a" / "log.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')                                    # a killed process's last words
+    trained(place, "a", "--train.keep=0", "--resume=auto")
+    lines = [json.loads(line) for line in (place / "a" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
 # ---- What cannot be trained --------------------------------------------------------------------------------------
