@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import attention, group_norm_silu
-from nanodisco import diffusion, pose, sampling, temporal, transformer, transforms, unet, vae
+from nanodisco import dancers, diffusion, pose, sampling, shapes, temporal, transformer, transforms, unet, vae
 from nanodisco.config import ModelConfig, load
 from nanodisco.controlnet import ControlNet
 from nanodisco.disco import Conditions, DisCo
@@ -187,6 +187,17 @@ def test_exercise_sampling_the_share_of_a_window():
     says("Sampling", "the third from the end of the first and the second of the next: weights 3 and 2")
 
 
+def test_exercise_dancers_a_small_disc_covers_a_little_more_than_its_area():
+    canvas = shapes.Canvas(np.zeros((8, 8, 3), np.float32))
+    canvas.paint(shapes.ellipse((0.5, 0.5), 2 / 8, 2 / 8), np.ones(3, np.float32))
+    covered = canvas.pixels[..., 0]
+    assert [f"{covered.sum():.3g}"] == answers("Dancers")
+    quarter = sorted(covered[:4, :4][covered[:4, :4] > 0])[::-1]
+    says("Dancers", f"covered by 1, {quarter[1]:.3f} and {quarter[3]:.3f}", f"$4 \\pi$ = {4 * np.pi:.2f}",
+         f"{100 * (covered.sum() / (4 * np.pi) - 1):.0f} % too much")
+    assert len(quarter) == 4 and quarter[0] == 1 and quarter[1] == quarter[2]
+
+
 # ---- The other numbers -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("start, values", [("$\\sqrt{a_t}$, what is left of the signal", lambda a: a.sqrt()),
@@ -329,6 +340,13 @@ def test_a_stick_leaves_what_it_crosses_visible():
     both = pose.draw([cross], (60, 60))[30, 30]
     assert not np.array_equal(both, one) and not np.array_equal(both, other)
     says("Conditions", "18 discs and 17 sticks", "an opacity of 0.6")
+
+
+def test_the_world_of_the_dancers_is_as_written():
+    says("Dancers", f"repeats after {dancers.LOOP} frames", f"f / {dancers.LOOP} +", "17 joints",
+         "skin, hair, shirt, legs, shoes")
+    assert dancers.REGIONS[1:] == ("skin", "hair", "shirt", "legs", "shoes") and dancers.HELD_OUT == 10 ** 9
+    assert dancers.sample(0, 0, 0, 0, 32).keypoints.shape == (17, 3)
 
 
 def test_what_is_cut_away_is_the_mean_colour_for_clip_and_middle_grey_for_the_scene():
@@ -518,7 +536,8 @@ def test_every_link_stays_inside_the_repository():
 
 
 def test_every_chapter_has_one_exercise_with_an_answer():
-    assert list(CHAPTERS) == ["Diffusion", "Layers", "Transformer", "UNet", "ControlNet", "Conditions", "Sampling"]
+    assert list(CHAPTERS) == ["Diffusion", "Layers", "Transformer", "UNet", "ControlNet", "Conditions", "Sampling",
+                              "Dancers"]
     assert all(text.count("**Exercise.**") == 1 and answers(name) for name, text in CHAPTERS.items())
 
 
