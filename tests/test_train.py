@@ -3,6 +3,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -152,6 +153,33 @@ def test_two_processes_are_as_one(place, more):
     trained(place, "one")
     subprocess.run(command(place, "two", *more, ranks=2), env=environment(), check=True, capture_output=True)
     assert difference(place / "one", place / "two") < 1e-5
+
+
+def test_two_agents_are_as_one(place):
+    """As on two machines: each starts a process, and they find each other at an address."""
+    trained(place, "one")
+    port = random.randrange(20000, 40000)
+    agents = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}",
+                                "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}",
+                                *command(place, "two")[1:]], env=environment(), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL) for rank in (0, 1)]
+    assert [agent.wait(timeout=120) for agent in agents] == [0, 0]
+    assert difference(place / "one", place / "two") < 1e-5
+
+
+def test_a_lost_process_is_started_again_and_the_run_goes_on(place):
+    more = ("--train.steps=60", "--train.save_every=1", "--resume=auto")
+    subprocess.run(command(place, "whole", *more, ranks=2), env=environment(), check=True, capture_output=True)
+    port = random.randrange(20000, 40000)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=2",
+              "--master-addr=127.0.0.1", f"--master-port={port}", *command(place, "lost", *more)[1:]]
+    agent = subprocess.Popen(launch, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not checkpoint.found(place / "lost") and agent.poll() is None:
+        time.sleep(0.01)
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert agent.wait(timeout=120) == 0
+    assert same(tensors(place / "whole"), tensors(place / "lost"))
 
 
 def test_epochs_are_counted_in_whole_batches(place):
