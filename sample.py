@@ -72,7 +72,7 @@ def judge(given: argparse.Namespace) -> None:
     if not given.data and not (given.ref and given.poses):
         needed = {"--ref IMG": given.ref, "--poses DIR": given.poses}
         missing = " and ".join(flag for flag, value in needed.items() if not value)
-        raise InputError(f"{missing} is missing: a photo of a person and the poses to dance (or --data YAML)")
+        raise InputError(f"{missing} missing; expected a photo of a person and the poses to dance (or --data YAML)")
     if given.layout and not given.data:
         raise InputError("--layout disco needs --data YAML")
     if given.overlap is None:
