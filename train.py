@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint.tidy(folder)
     world.wait()
 
-    optimizer = torch.optim.AdamW(parameters, lr=t.lr, betas=t.betas, weight_decay=t.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=t.lr, betas=t.betas, weight_decay=t.weight_decay, fused=True)
     average = optim.Average(model.named_parameters()) if t.ema else None
     scaler = torch.amp.GradScaler(world.device.split(":")[0]) if t.precision == "fp16" else None
     state = checkpoint.State(model, optimizer, average, scaler)

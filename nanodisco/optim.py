@@ -90,9 +90,8 @@ class Average:
     @torch.no_grad()
     def update(self, model: nn.Module, decay: float) -> None:
         """average <- decay average + (1 - decay) weights"""
-        for name, parameter in model.named_parameters():
-            if name in self.tensors:
-                self.tensors[name].lerp_(parameter.detach().float(), 1 - decay)
+        weights = [p.detach().float() for name, p in model.named_parameters() if name in self.tensors]
+        torch._foreach_lerp_(list(self.tensors.values()), weights, 1 - decay)
 
 
 def checkpoint_activations(model: nn.Module) -> None:

@@ -147,8 +147,11 @@ def _filled(corners: np.ndarray, size: tuple[int, int]) -> tuple[int, int, np.nd
     left, top = corners.min(axis=0).tolist()
     width, height = (corners.max(axis=0) - (left, top) + 1).tolist()
     points, mask = corners.tolist(), np.zeros((height, width), bool)
-    for start, end in zip(points[-1:] + points[:-1], points):
-        if line := _clipped(start, end, size):
+    within = ((corners >= 0) & (corners < size)).all(axis=1)
+    mask[corners[within, 1] - top, corners[within, 0] - left] = True
+    short = (abs(corners - np.roll(corners, 1, axis=0)) <= 1).all(axis=1) & within & np.roll(within, 1)
+    for i in np.flatnonzero(~short).tolist():                            # those from corner to next corner are drawn
+        if line := _clipped(points[i - 1], points[i], size):
             xs, ys = _line(*line)
             mask[ys - top, xs - left] = True
     first = min(range(len(points)), key=lambda i: points[i][1])
