@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     given, recipe = parse(argv)
     import torch                                                         # slow, so only when the recipe is sound
 
-    from nanodisco import checkpoint, data, optim, start
+    from nanodisco import checkpoint, data, lora, optim, start
     from nanodisco.distributed import World
 
     world, t, folder = World.join(given.device), recipe.train, Path(recipe.out)
@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         names = optim.trainable(names, t.unet, t.freeze_pose, t.freeze_background, t.only_pose, t.substring_fault,
                                 t.clip)
+    if t.lora_rank:
+        names = lora.add(model, names, t.lora_rank, t.seed)
     parameters = optim.select(model, names)
     with_pose = recipe.stage == "diffusion" and model.pose is not None
     dataset = data.Training(recipe.data, model.config.clip, with_pose, t.seed)

@@ -2,7 +2,7 @@
 
     RUN/step-0000500/model.safetensors     the weights to use: the running average, where there is one
                      config.yaml           of the model; these two are a folder for --weights
-                     training.safetensors  the weights that train, and the optimizer's moments
+                     training.safetensors  the weights that train (and LoRA's factors), the optimizer's moments
                      training.yaml         step, recipe, number of processes, loss scale, checksums of the others
     RUN/last -> step-0000500
 
@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nanodisco import weights
+from nanodisco import lora, weights
 from nanodisco.config import ModelConfig
 from nanodisco.errors import InputError
 from nanodisco.files import appearing
@@ -53,7 +53,7 @@ def save(run: Path, state: State, config: ModelConfig, about: dict, keep: int = 
     place = run / f"step-{state.step:07}"
     with appearing(place) as folder:
         folder.mkdir()
-        shown = dict(state.model.state_dict()) | (state.average.tensors if state.average else {})
+        shown = lora.merged(state.model.state_dict() | (state.average.tensors if state.average else {}))
         weights.write_folder(folder / "model", shown, config)
         for name in ("model.safetensors", "config.yaml"):
             os.rename(folder / "model" / name, folder / name)
@@ -70,9 +70,13 @@ def save(run: Path, state: State, config: ModelConfig, about: dict, keep: int = 
 
 def _write_tensors(path: Path, state: State) -> None:
     tensors = {}
+    for name, tensor in state.model.state_dict().items():
+        if lora.belongs(name) or state.average and name in state.average.tensors:
+            tensors[f"weight.{name}"] = tensor.contiguous()
+    for name, tensor in state.average.tensors.items() if state.average else ():
+        if lora.belongs(name):
+            tensors[f"average.{name}"] = tensor
     for name, parameter in state.named().items():
-        if state.average:
-            tensors[f"weight.{name}"] = parameter.detach().contiguous()
         for key, value in state.optimizer.state.get(parameter, {}).items():
             tensors[f"{key}.{name}"] = value.contiguous()
     try:
@@ -120,12 +124,12 @@ def restore(place: Path, about: dict, state: State) -> None:
     model, training = load_file(place / "model.safetensors"), load_file(place / "training.safetensors")
     with torch.no_grad():
         for name, tensor in state.model.state_dict().items():
-            tensor.copy_(training.get(f"weight.{name}", model[name]))
-        for name in state.average.tensors if state.average else ():
-            state.average.tensors[name].copy_(model[name])
+            tensor.copy_(training[f"weight.{name}"] if f"weight.{name}" in training else model[name])
+        for name, tensor in state.average.tensors.items() if state.average else ():
+            tensor.copy_(training[f"average.{name}"] if lora.belongs(name) else model[name])
     for name, parameter in state.named().items():
         kept = {key.partition(".")[0]: value for key, value in training.items()
-                if key.partition(".")[2] == name and not key.startswith("weight.")}
+                if key.partition(".")[2] == name and not key.startswith(("weight.", "average."))}
         if kept:
             state.optimizer.state[parameter] = {
                 key: value.clone().to("cpu" if key == "step" else parameter.device) for key, value in kept.items()}

@@ -52,6 +52,7 @@ class TrainConfig:
     freeze_pose: bool = False
     freeze_background: bool = False
     only_pose: bool = False            # nothing but the pose net
+    lora_rank: int = 0                 # LoRA: linear layers of the UNet learn a difference of this rank; 0: their weights
     substring_fault: bool = False      # official: freezes by substring, and so some of the other net too
     seed: int = 42
     log_every: int = 10                # steps
