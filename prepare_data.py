@@ -9,6 +9,7 @@ from pathlib import Path
 from nanodisco.errors import InputError, run
 
 SPLITS = ("train", "held-out")
+FORMATS = ("folder", "tsv", "example")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,8 +22,8 @@ def parser() -> argparse.ArgumentParser:
     dancers.add_argument("--size", type=int, default=64, help="pixels, square (default 64)")
     dancers.add_argument("--seed", type=int, default=0, help="other seeds give other clips (default 0)")
     dancers.add_argument("--split", choices=SPLITS, default="train", help="nothing is in both (default train)")
-    dancers.add_argument("--format", choices=("folder", "tsv"), default="folder", help="the official program's folder "
-                         "of clips, or its TSV files (default folder)")
+    dancers.add_argument("--format", choices=FORMATS, default="folder", help="the official program's folder of clips, or "
+                         "its TSV files; example: a photo, a room and a dance for sample.py, of 3 clips (default folder)")
     return top
 
 
@@ -32,6 +33,8 @@ def main(argv: list[str] | None = None) -> None:
         value = getattr(given, flag)
         if not low <= value <= high:
             raise InputError(f"--{flag} {value}; expected {low} to {high}")
+    if given.format == "example" and given.clips != 3:
+        raise InputError(f"--clips {given.clips}; expected 3 with --format example")
     if Path(given.out).exists():
         raise InputError(f"{given.out} is already there; remove it or choose another --out")
     from tqdm import tqdm
@@ -39,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     from nanodisco import dancers, datasets
     first = (dancers.HELD_OUT if given.split == "held-out" else 0) + given.seed * 10**6
     clips = tqdm(range(first, first + given.clips), unit="clip", disable=None)
-    write = datasets.write_folder if given.format == "folder" else datasets.write_tsv
+    write = dict(zip(FORMATS, (datasets.write_folder, datasets.write_tsv, datasets.write_example)))[given.format]
     write(Path(given.out), clips, given.frames, given.size, given.split)
     print(f"{given.clips} clips of {given.frames} frames, {given.size}x{given.size}: {given.out}")
 

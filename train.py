@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         optim.checkpoint_activations(model)
 
     batches = data.loader(dataset, t.batch, state.step, steps, world.rank, world.size, recipe.data.workers)
-    network = start.VAELoss(model) if recipe.stage == "vae" else start.Loss(model, t)
+    network = start.VAELoss(model, t) if recipe.stage == "vae" else start.Loss(model, t)
     if world.size > 1:
         network = torch.nn.parallel.DistributedDataParallel(network)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(t.precision)

@@ -97,7 +97,7 @@ class Scene:
     poses: list[Image.Image]           # of each
     reference: Image.Image
     mask: Image.Image                  # of the person in the reference
-    person: Image.Image                # the same of the first frame
+    persons: list[Image.Image]         # the same of each target
 
 
 class Dancers:
@@ -123,7 +123,7 @@ class Dancers:
         poses = [Image.fromarray(dancers.pose_picture(frame.keypoints, size)) for frame in frames if with_pose]
         return Scene([Image.fromarray(frame.picture) for frame in frames], poses,
                      Image.fromarray(reference.picture), Image.fromarray(reference.mask),
-                     Image.fromarray(frames[0].mask))
+                     [Image.fromarray(frame.mask) for frame in frames])
 
 
 class Rows:
@@ -149,7 +149,7 @@ class Rows:
         return Scene([self.rows.images.picture(k) for k in frames],
                      [self.rows.poses.picture(k, 1) for k in frames if with_pose],
                      self.rows.images.picture(shown), self.rows.masks.picture(shown, 1),
-                     self.rows.masks.picture(frames[0], 1))
+                     [self.rows.masks.picture(k, 1) for k in frames])
 
 
 class Training(torch.utils.data.Dataset):
@@ -164,7 +164,7 @@ class Training(torch.utils.data.Dataset):
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Tensor]:
         """-> target (3, [F,] H, W), reference (3, S, S), background (3, H, W), pose (3, [F,] H, W) if asked for,
-        person (1, H, W) in [0, 1]: where the first frame shows them
+        person (1, [F,] H, W) in [0, 1]: where the target shows them
         """
         epoch, i = place
         scene = self.source.scene(i, np.random.default_rng([self.seed, epoch, i]), self.with_pose)
@@ -173,8 +173,8 @@ class Training(torch.utils.data.Dataset):
                    "reference": transforms.reference(scene.reference, scene.mask, self.clip.image_size,
                                                      crop=self.clip.crop),
                    "background": transforms.background(scene.reference, scene.mask, size)}
-        person = transforms.mask_tensor(scene.person, scene.targets[0].size, size, Image.Resampling.BILINEAR)
-        tensors["person"] = person[:1]
+        tensors["person"] = self._clip([transforms.mask_tensor(mask, frame.size, size, Image.Resampling.BILINEAR)[:1]
+                                        for mask, frame in zip(scene.persons, scene.targets)])
         if scene.poses:
             tensors["pose"] = self._clip([transforms.pose(frame, size) for frame in scene.poses])
         return tensors

@@ -2,15 +2,17 @@
 
     folder   CLIP/000001.png, openpose_json/000001.png.json, groundsam/000001.png.mask.png, background/empty.png
     tsv      SPLIT_images.tsv, _poses, _masks, _vid2line, each with .lineidx, and SPLIT.yaml
+    example  reference.png (a photo with alpha), background.png (another room), dance.json (a whole dance, OpenPose)
 """
 import json
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from nanodisco import dancers, pose, tsv
+from nanodisco import dancers, pose, rooms, tsv
 from nanodisco.files import appearing
 
 YAML = """img: {0}_images.tsv
@@ -35,6 +37,20 @@ def write_folder(out: Path, clips: Iterable[int], frames: int, size: int, split:
                 (folder / "openpose_json" / f"{name}.json").write_text(json.dumps(pose.to_json([frame], "disco")))
                 Image.fromarray(made.mask).save(folder / "groundsam" / f"{name}.mask.png")
             Image.fromarray(made.background).save(folder / "background" / "empty.png")
+
+
+def write_example(out: Path, clips: Iterable[int], frames: int, size: int, split: str) -> None:
+    """For sample.py: of three clips, the first one's person in its room, the second one's room, the third one's dance."""
+    person, other_room, dance = clips
+    with appearing(out) as place:
+        place.mkdir()
+        photo = dancers.sample(person, person, person, 0, size)
+        Image.fromarray(np.dstack([photo.picture, photo.mask])).save(place / "reference.png")
+        Image.fromarray(rooms.room(other_room, size)).save(place / "background.png")
+        canvas = max(size, dancers.DRAWN)
+        track = [pose.Frame((dancers.sample(person, person, dance, i, canvas).keypoints.round(1),), (canvas, canvas))
+                 for i in range(frames)]
+        (place / "dance.json").write_text(json.dumps(pose.to_json(track, "openpose")))
 
 
 def write_tsv(out: Path, clips: Iterable[int], frames: int, size: int, split: str) -> None:

@@ -158,12 +158,14 @@ class DisCo(nn.Module):
             background=torch.randn(samples, channels, *size, generator=generator, device=device),
             drop_reference=dropped, drop_pose=hidden)
 
-    def loss(self, batch: Batch, draws: Draws, min_snr: float | None = None, on: str = "prediction") -> Tensor:
+    def loss(self, batch: Batch, draws: Draws, min_snr: float | None = None, on: str = "prediction",
+             weight: Tensor | float = 1.0) -> Tensor:
         """Mean squared error of the predicted eps (DDPM eq. 14) or v, in float32.   -> ()
 
         `min_snr`: weight each sample by min(SNR, min_snr) (arXiv:2303.09556); None: all alike.
         `on`: epsilon | v | x0: the error of what the answer implies for that instead. official: "x0" is a
         choice of its command line that crashes.
+        `weight` (B, 1, [F,] h, w): how many times each place of the latents counts.
         """
         prediction = self.config.diffusion.prediction
         on = prediction if on == "prediction" else on
@@ -184,7 +186,7 @@ class DisCo(nn.Module):
             z0_hat, eps_hat = diffusion.split(out, zt, a, prediction)
             out = {"x0": z0_hat, "epsilon": eps_hat, "v": diffusion.velocity(z0_hat, eps_hat, a)}[on]
         wanted = {"x0": z0, "epsilon": draws.noise, "v": diffusion.velocity(z0, draws.noise, a)}[on]
-        errors = mse_loss(out, wanted.float(), reduction="none")
+        errors = weight * mse_loss(out, wanted.float(), reduction="none")
         if min_snr is not None:
             errors = errors * diffusion.min_snr_weight(a, min_snr, on)
         return errors.mean()

@@ -44,6 +44,7 @@ class TrainConfig:
     checkpointing: bool = False        # compute activations again in the backward pass: less memory, more time
     loss: str = "prediction"           # what the error is measured on: prediction | epsilon | v | x0
     min_snr: float = 0.0               # cap of the weight of a step; 0: all steps alike
+    person: float = 1.0                # how many times the places count where the target shows the person; 1: as all
     drop_reference: float = 0.0        # share of samples trained without reference, for guidance
     drop_whole_batch: bool = False     # official: one coin for all references of a batch
     drop_pose: float = 0.0             # share of frames trained without pose

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from nanodisco import loading
 from nanodisco.config import to_dict
@@ -61,16 +62,16 @@ def principal_components(net: DisCo, dataset: Training) -> None:
 
 
 class VAELoss(nn.Module):
-    """Of the VAE alone. The person counts three times: it is small, and what one looks at."""
+    """Of the VAE alone."""
 
-    def __init__(self, model: DisCo):
+    def __init__(self, model: DisCo, train: TrainConfig):
         super().__init__()
-        self.vae = model.vae
+        self.vae, self.person = model.vae, train.person
 
     def forward(self, samples: dict[str, Tensor], draws: Draws) -> Tensor:
         """Of a part of a batch, its mean.   -> ()"""
         noise = draws.target.to(samples["target"].device)
-        return self.vae.loss(samples["target"], noise, 1 + 2 * samples["person"])
+        return self.vae.loss(samples["target"], noise, 1 + (self.person - 1) * samples["person"])
 
 
 class Loss(nn.Module):
@@ -84,4 +85,7 @@ class Loss(nn.Module):
         """Of a part of a batch, its mean.   -> ()"""
         there = Draws(**{f.name: getattr(draws, f.name).to(samples["target"].device) for f in fields(draws)})
         batch = Batch(samples["target"], samples["reference"], samples["background"], samples.get("pose"))
-        return self.model.loss(batch, there, self.train_config.min_snr or None, self.train_config.loss)
+        t, weight = self.train_config, 1.0
+        if t.person != 1:
+            weight = 1 + (t.person - 1) * interpolate(samples["person"], there.noise.shape[2:], mode="area")
+        return self.model.loss(batch, there, t.min_snr or None, t.loss, weight)
