@@ -29,11 +29,14 @@ def main(argv: list[str] | None = None) -> None:
     given, recipe = parse(argv)
     import torch                                                         # slow, so only when the recipe is sound
 
+    from kernels import cpu
     from nanodisco import checkpoint, data, lora, optim, start
     from nanodisco.distributed import World
 
     world, t, folder = World.join(given.device), recipe.train, Path(recipe.out)
     say = print if world.rank == 0 else lambda text: None
+    if world.device == "cpu":
+        cpu.suit_small_tensors()
     if t.batch % (world.size * t.accumulate):
         raise InputError(f"train.batch {t.batch} cannot be dealt to {world.size} processes x {t.accumulate} parts "
                          "(train.accumulate); expected a multiple")

@@ -138,3 +138,9 @@ def keep_freed_memory() -> None:
         mmap_max, trim_threshold = -4, -1                                # of malloc.h
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def suit_small_tensors() -> None:
+    """For training on a CPU: no fresh memory at each step; and torch's fused attention is slower than the plain one."""
+    keep_freed_memory()
+    torch.backends.cuda.enable_flash_sdp(False)                          # of the CPU too, whatever it is called

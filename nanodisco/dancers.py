@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from PIL import Image
 
 from nanodisco import pose
 from nanodisco.rooms import hsv, room
@@ -52,7 +53,7 @@ def pose_picture(keypoints: np.ndarray, size: int) -> np.ndarray:
     times = -(-DRAWN // size)
     scaled = np.where(keypoints >= 0, keypoints * (times, times, 1), keypoints)
     large = pose.draw([scaled], (size * times, size * times))
-    return np.rint(large.reshape(size, times, size, times, 3).mean((1, 3))).astype(np.uint8)
+    return np.asarray(Image.fromarray(large).reduce(times))
 
 
 # ---- Who -------------------------------------------------------------------------------------------------------

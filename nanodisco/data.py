@@ -112,10 +112,10 @@ class Dancers:
     def fingerprint(self) -> str:
         """Another string where other pictures would be seen."""
         pictures = [dancers.sample(i, i, i, i, 64).picture.tobytes() for i in range(3)]
-        return f"{len(self)} clips, drawn as {zlib.crc32(b''.join(pictures)):08x}"
+        return f"{len(self)} clips from {self.config.first} on, drawn as {zlib.crc32(b''.join(pictures)):08x}"
 
     def scene(self, i: int, rng: np.random.Generator, with_pose: bool) -> Scene:
-        size = self.config.height
+        size, i = self.config.height, self.config.first + i
         first = int(rng.integers(dancers.LOOP))
         frames = [dancers.sample(i, i, i, first + k * self.config.every, size) for k in range(self.config.frames)]
         shown = {"same": first, "first": 0, "random": int(rng.integers(dancers.LOOP))}[self.config.reference]

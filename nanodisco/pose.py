@@ -117,7 +117,7 @@ def _stick(a: np.ndarray, b: np.ndarray, size: tuple[int, int]) -> tuple[int, in
     return left + centre[0] - home[0], top + centre[1] - home[1], mask
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=1 << 17)                            # all there are: 360 angles, KEPT lengths, 4 halves; 1 kB each
 def _kept(half: int, angle: int, x: int, y: int) -> tuple[int, int, np.ndarray]:
     """An ellipse that no border cuts looks the same wherever it is."""
     return _filled(_ellipse([x, y], (half, WIDTH), angle), (4 * KEPT, 4 * KEPT))

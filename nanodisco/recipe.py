@@ -19,6 +19,7 @@ class DataConfig:
     kind: str                          # dancers: drawn when they are needed | tsv: the official program's files
     path: str = ""                     # of the YAML file of a tsv set
     clips: int = 0                     # dancers: how many, each another person, room and dance
+    first: int = 0                     # dancers: seed of the first clip's person, room and dance
     width: int = 256                   # pixels
     height: int = 256
     frames: int = 1                    # of a sample: 1 is a picture, more a clip for the video model
