@@ -1,0 +1,47 @@
+"""Backend: which of an operation's two versions runs, plain PyTorch or our Triton kernel.
+
+    NANODISCO_KERNELS=auto     Triton on a GPU where it can be imported, else PyTorch, said once (the default)
+                      triton   Triton, or an error that says why it cannot; on a CPU it needs TRITON_INTERPRET=1
+                      torch    PyTorch
+
+A model never asks: each operation of this package does, for every call.
+"""
+import os
+import sys
+from functools import cache
+
+from torch import Tensor
+
+MODES = ("auto", "triton", "torch")
+MODE = os.environ.get("NANODISCO_KERNELS", "auto")
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether the kernel is to run on this tensor. RuntimeError where it was demanded and cannot."""
+    if MODE not in MODES:
+        raise RuntimeError(f"NANODISCO_KERNELS is {MODE!r}; expected one of {', '.join(MODES)}")
+    if MODE == "torch" or MODE == "auto" and x.device.type != "cuda":
+        return False
+    reason = why_not(x.device.type)
+    if reason and MODE == "triton":
+        raise RuntimeError(f"NANODISCO_KERNELS=triton, but {reason}")
+    return not reason
+
+
+@cache
+def why_not(device: str) -> str:
+    """Why kernels cannot run on this kind of device; "" if they can. In mode auto the reason is printed, once."""
+    reason = _reason(device)
+    if reason and MODE == "auto":
+        print(f"kernels: plain PyTorch runs, {reason}", file=sys.stderr)
+    return reason
+
+
+def _reason(device: str) -> str:
+    try:
+        import triton                                                    # noqa: F401  slow, so only where it is wanted
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); pip install triton"
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton has no {device} backend; TRITON_INTERPRET=1 runs kernels there, slowly, to check them"
+    return ""
