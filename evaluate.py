@@ -25,6 +25,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--seed", type=int, default=0, help="of the held-out people and of the noise (default 0)")
     top.add_argument("--stranger", action="store_true", help="show another person than the one to draw: a model that "
                      "looks at the reference then draws the wrong clothes")
+    top.add_argument("--person", type=int, metavar="N", help="all pictures are of the held-out person N in their own "
+                     "room, in other dances: what config/nano/human_specific.yaml is for")
     top.add_argument("--device", default="auto", help="auto, cpu, cuda (default auto)")
     top.add_argument("--json", metavar="FILE", help="write the scores there")
     top.add_argument("--pictures", metavar="PNG", help="write reference | pose | truth | picture of the first 16 there")
@@ -36,6 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     for flag, low, high in (("count", 1, 10**5), ("steps", 1, 1000), ("seed", 0, 899), ("size", 8, 1024)):
         if not low <= getattr(given, flag) <= high:
             raise InputError(f"--{flag} {getattr(given, flag)}; expected {low} to {high}")
+    if given.person is not None and (given.stranger or given.person < 0):
+        raise InputError("--person: expected a number from 0, and no --stranger beside it")
     if not Path(given.weights).exists():
         raise InputError(f"{given.weights} is not there; expected a folder of weights, such as RUN/last of train.py")
     for path in filter(None, (given.json, given.pictures)):
@@ -50,7 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     factor = model.config.vae.factor
     if given.size % factor:
         raise InputError(f"--size {given.size}; expected a multiple of {factor}, the latent factor of these weights")
-    of = judge.pairs(given.count, given.seed, given.size, int(given.stranger))
+    same = model.pose is None                                            # pre-training: a picture from its own parts
+    of = judge.pairs(given.count, given.seed, given.size, int(given.stranger), given.person, same)
     with tqdm(total=len(of), unit="picture", disable=None) as bar:
         made = judge.imagined(model, of, given.steps, given.cfg, given.seed, bar.update)
     rows = {"": judge.scores(made, of), "copy.": judge.scores(judge.copied(of), of),
@@ -60,11 +65,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name:10}" + "".join(f"{row[column]:11.3f}" for column in COLUMNS))
     if given.json:
         found = {prefix + column: row[column] for prefix, row in rows.items() for column in COLUMNS}
-        found |= {name: getattr(given, name) for name in ("count", "steps", "cfg", "seed", "stranger")}
+        found |= {name: getattr(given, name) for name in ("count", "steps", "cfg", "seed", "stranger", "person")}
         with appearing(given.json) as place:
             place.write_text(json.dumps(found, indent=1))
     if given.pictures:
-        judge.write_sheet(Path(given.pictures), made[:16], of[:16])
+        judge.write_sheet(Path(given.pictures), judge.sheet(made[:16], of[:16]))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
     python train.py config/nano/finetune.yaml --resume=auto      # after whatever stopped it
 """
 import argparse
-import json
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     import torch                                                         # slow, so only when the recipe is sound
 
     from kernels import cpu
-    from nanodisco import checkpoint, data, lora, optim, start
+    from nanodisco import checkpoint, data, lora, optim, start, validation
     from nanodisco.distributed import World
 
     world, t, folder = World.join(given.device), recipe.train, Path(recipe.out)
@@ -86,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         network = torch.nn.parallel.DistributedDataParallel(network)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(t.precision)
     began, first = time.perf_counter(), state.step
+    log = validation.Log(folder, recipe) if world.rank == 0 else None
 
     from tqdm import tqdm
     bar = tqdm(total=steps, initial=state.step, unit="step", disable=None if world.rank == 0 else True)
@@ -133,13 +133,21 @@ def main(argv: list[str] | None = None) -> None:
         if world.rank == 0 and (state.step % t.log_every == 0 or state.step == steps):
             speed = (state.step - first) / (time.perf_counter() - began)
             line = {"step": state.step, "loss": loss, "norm": norm, "lr": rate, "steps_per_second": round(speed, 3)}
-            with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            log.write(line)
+        if t.validate_every and (state.step % t.validate_every == 0 or state.step == steps):
+            if world.rank == 0:
+                with (average.shown(model) if average else nullcontext(),
+                      torch.autocast(world.device.split(":")[0], dtype, enabled=dtype is not None)):
+                    scores = validation.validate(model, recipe, folder / f"validation/step-{state.step:07}.png")
+                log.write({"step": state.step} | scores)
+            world.wait()
         if state.step % t.save_every == 0 or state.step == steps:
             if world.rank == 0:
                 checkpoint.save(folder, state, model.config, about, t.keep)
             world.wait()
     bar.close()
+    if world.rank == 0:
+        validation.curve(folder / "log.jsonl", folder / "loss.png")
     say(f"{steps} steps: {folder}/last")
     world.leave()
 

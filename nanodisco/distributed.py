@@ -32,7 +32,8 @@ class World:
                                  f"{torch.cuda.device_count()} (torchrun --nproc-per-node)")
             torch.cuda.set_device(local)
         if size > 1 and not distributed.is_initialized():
-            distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+            distributed.init_process_group("nccl" if device == "cuda" else "gloo", rank=rank, world_size=size,
+                                           store=_store(size))
         return World(rank, size, f"cuda:{local}" if device == "cuda" else device)
 
     def sum(self, x: Tensor) -> Tensor:
@@ -49,3 +50,15 @@ class World:
     def leave(self) -> None:
         if distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def _store(size: int) -> distributed.Store:
+    """Where the processes leave their addresses for each other.
+
+    torchrun with an address keeps one for all restarts, in which the addresses of those that died still are;
+    so each restart gets shelves of its own. On several machines agents may count restarts differently.
+    """
+    store, _, _ = next(distributed.rendezvous("env://"))
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < size:
+        return store
+    return distributed.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

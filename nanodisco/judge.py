@@ -16,17 +16,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from nanodisco import dancers, metrics, transforms, video
 from nanodisco.disco import DisCo
-from nanodisco.files import appearing
 from nanodisco.guidance import Guided
 from nanodisco.sampling import frame_noise, sample
+from nanodisco.temporal import fold, unfold
 
 DIFFERENT = 0.10 * 255
 REGIONS = {"colour": (dancers.SKIN, dancers.HAIR, dancers.SHIRT, dancers.LEGS, dancers.SHOES),
            "shirt_legs": (dancers.SHIRT, dancers.LEGS)}
 BATCH = 16
+FRAMES = 8                             # of the clip that a video model makes around a target
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,32 @@ class Pair:
     number: int                        # of the pair, which its noise follows from
     reference: dancers.Sample
     target: dancers.Sample
+    who: tuple[int, int, int]          # seeds of the target's person, room and dance
+    frame: int                         # of the dance
+
+    def pose(self, later: int = 0) -> Image.Image:
+        """Of the target, or of a frame so many before or after it."""
+        size = len(self.target.picture)
+        shown = self.target if later == 0 else dancers.sample(*self.who, self.frame + later, size)
+        return Image.fromarray(dancers.pose_picture(shown.keypoints, size))
 
 
-def pairs(count: int, seed: int, size: int, stranger: int = 0) -> list[Pair]:
+def pairs(count: int, seed: int, size: int, stranger: int = 0, person: int | None = None,
+          same: bool = False) -> list[Pair]:
     """Held-out people, rooms and dances: frame 0 and another.
 
     stranger: the reference shows the person of so many pairs further on, in the same pose and room.
+    person: all pairs are of this held-out person in their own room; only the dances differ.
+    same: the frame to make is the reference itself, as in attribute pre-training.
     """
     found, first = [], dancers.HELD_OUT + seed * 10**6
     for i in range(first, first + count):
-        frame = int(np.random.default_rng([i, 3]).integers(4, dancers.LOOP))
-        shown = first + (i - first + stranger) % count
-        found.append(Pair(i - first, dancers.sample(shown, i, i, 0, size), dancers.sample(i, i, i, frame, size)))
+        frame = 0 if same else int(np.random.default_rng([i, 3]).integers(4, dancers.LOOP))
+        shown, own = first + (i - first + stranger) % count, i
+        if person is not None:
+            shown = own = dancers.HELD_OUT + person
+        found.append(Pair(i - first, dancers.sample(shown, own, own, 0, size), dancers.sample(own, own, i, frame, size),
+                          (own, own, i), frame))
     return found
 
 
@@ -57,7 +73,7 @@ def scores(made: np.ndarray, of: list[Pair]) -> dict[str, float]:
     for picture, pair in zip(made.astype(np.float64), of):
         for name, value in _of_known(picture, pair).items():
             columns.setdefault(name, []).append(value)
-    return {name: float(np.nanmean(values)) for name, values in columns.items()}
+    return {name: _mean([value for value in values if not np.isnan(value)]) for name, values in columns.items()}
 
 
 def _of_known(picture: np.ndarray, pair: Pair) -> dict[str, float]:
@@ -79,27 +95,44 @@ def _mean(values) -> float:
 
 def imagined(model: DisCo, of: list[Pair], steps: int, cfg: float, seed: int,
              progress: Callable[[int], None] = lambda done: None) -> np.ndarray:
-    """What the model makes of each reference and pose.   -> uint8 (N, S, S, 3)"""
+    """What the model makes of each reference and pose.   -> uint8 (N, S, S, 3)
+
+    A video model makes a clip of FRAMES of the dance, in which the target is the middle one.
+    """
     size, made, clip = len(of[0].target.picture), [], model.config.clip
-    factor, channels = model.config.vae.factor, model.config.vae.channels
+    around = range(-(FRAMES // 2), FRAMES - FRAMES // 2) if model.config.unet.temporal else range(1)
     for start in range(0, len(of), BATCH):
         part = of[start:start + BATCH]
         photos = [(Image.fromarray(pair.reference.picture), Image.fromarray(pair.reference.mask)) for pair in part]
         reference = torch.stack([transforms.reference(*photo, clip.image_size, crop=clip.crop) for photo in photos])
         background = torch.stack([transforms.background(*photo, (size, size)) for photo in photos])
-        pose = torch.stack([transforms.pose(Image.fromarray(dancers.pose_picture(pair.target.keypoints, size)),
-                                            (size, size)) for pair in part])
-        with torch.inference_mode():
-            shown = model.conditions(reference.to(model.device), background.to(model.device, model.dtype), None)
-            guided = Guided(model, shown.tokens, shown.background, model.unconditional_tokens(shown.tokens), cfg)
-            noise = frame_noise(seed, [pair.number for pair in part], (channels, size // factor, size // factor))
-            walk = sample(guided(pose.to(model.device)), noise.to(model.device), model.alpha_bars(), "ddim", steps,
-                          prediction=model.config.diffusion.prediction)
-            *_, step = walk
-            pictures = model.vae.to_picture(step.z.to(model.dtype))
-        made.append(transforms.to_frames(pictures))
+        pose = None
+        if model.pose is not None:
+            pose = torch.stack([transforms.pose(pair.pose(later), (size, size)) for pair in part for later in around])
+        numbers = [pair.number * len(around) + i for pair in part for i in range(len(around))]
+        pictures = generated(model, reference, background, pose, numbers, steps, cfg, seed)
+        made.append(transforms.to_frames(pictures[len(around) // 2::len(around)]))
         progress(len(part))
     return np.concatenate(made)
+
+
+@torch.no_grad()
+def generated(model: DisCo, reference: Tensor, background: Tensor, pose: Tensor | None, numbers: list[int],
+              steps: int, cfg: float, seed: int) -> Tensor:
+    """Sampled by DDIM. A clip's frames are adjacent: R references, R or R F poses.   -> (R F, 3, H, W) in [0, 1]
+
+    reference (R, 3, S, S), background (R, 3, H, W), pose (R F, 3, H, W); `numbers` of the R F pictures: their noise.
+    """
+    factor, channels = model.config.vae.factor, model.config.vae.channels
+    shape = (channels, background.shape[2] // factor, background.shape[3] // factor)
+    shown = model.conditions(reference.to(model.device), background.to(model.device, model.dtype), None)
+    guided = Guided(model, shown.tokens, shown.background, model.unconditional_tokens(shown.tokens), cfg)
+    z, frames = frame_noise(seed, numbers, shape).to(model.device), len(numbers) // len(reference)
+    pose = None if pose is None else pose.to(model.device)
+    if model.config.unet.temporal:
+        z, pose = unfold(z, frames), unfold(pose, frames)
+    *_, step = sample(guided(pose), z, model.alpha_bars(), "ddim", steps, prediction=model.config.diffusion.prediction)
+    return model.vae.to_picture(fold(step.z)[0].to(model.dtype))
 
 
 def through_vae(model: DisCo, of: list[Pair]) -> np.ndarray:
@@ -118,12 +151,13 @@ def copied(of: list[Pair]) -> np.ndarray:
     return np.stack([pair.reference.picture for pair in of])
 
 
-def write_sheet(path: Path, made: np.ndarray, of: list[Pair]) -> None:
-    """Reference | pose | truth | picture, two pairs a row, twice as large."""
-    frames = []
-    for picture, pair in zip(made, of):
-        pose = dancers.pose_picture(pair.target.keypoints, len(picture))
-        frames += [pair.reference.picture, pose, pair.target.picture, picture]
-    sheet = Image.fromarray(video.contact_sheet(frames, columns=8))
-    with appearing(path) as place:
-        sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST).save(place)
+def sheet(made: np.ndarray, of: list[Pair]) -> list[np.ndarray]:
+    """reference, pose, truth, picture, … of each pair"""
+    return [frame for picture, pair in zip(made, of)
+            for frame in (pair.reference.picture, np.asarray(pair.pose()), pair.target.picture, picture)]
+
+
+def write_sheet(path: Path, frames: list[np.ndarray]) -> None:
+    """Two pairs a row, twice as large, the edges of pixels kept."""
+    picture = Image.fromarray(video.contact_sheet(frames, columns=8))
+    video.save(path, np.asarray(picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST)))

@@ -4,7 +4,8 @@
     EMA   average <- decay average + (1 - decay) weights, after every step
 """
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 import torch
@@ -92,6 +93,20 @@ class Average:
         """average <- decay average + (1 - decay) weights"""
         weights = [p.detach().float() for name, p in model.named_parameters() if name in self.tensors]
         torch._foreach_lerp_(list(self.tensors.values()), weights, 1 - decay)
+
+    @contextmanager
+    def shown(self, model: nn.Module) -> Iterator[None]:
+        """For a while the model has the average in the place of its weights."""
+        self._swap(model)
+        try:
+            yield
+        finally:
+            self._swap(model)
+
+    def _swap(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            if name in self.tensors:
+                parameter.data, self.tensors[name] = self.tensors[name], parameter.data
 
 
 def checkpoint_activations(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from nanodisco.errors import InputError
 class DataConfig:
     kind: str                          # dancers: drawn when they are needed | tsv: the official program's files
     path: str = ""                     # of the YAML file of a tsv set
+    validation: str = ""               # the same, of a set that is not trained on; dancers have one
     clips: int = 0                     # dancers: how many, each another person, room and dance
     first: int = 0                     # dancers: seed of the first clip's person, room and dance
     width: int = 256                   # pixels
@@ -58,8 +59,11 @@ class TrainConfig:
     substring_fault: bool = False      # official: freezes by substring, and so some of the other net too
     seed: int = 42
     log_every: int = 10                # steps
+    logger: str = ""                   # beside RUN/log.jsonl: tensorboard | wandb
     save_every: int = 500
     keep: int = 2                      # newest checkpoints that stay; 0: all
+    validate_every: int = 0            # steps between pictures and scores of held-out samples; 0: none
+    validate_count: int = 16           # held-out samples
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Recipe:
         choices = (("stage", self.stage, ("diffusion", "vae")), ("data.kind", d.kind, ("dancers", "tsv")),
                    ("data.reference", d.reference, ("first", "random", "same")),
                    ("train.precision", t.precision, ("fp32", "bf16", "fp16")),
-                   ("train.loss", t.loss, ("prediction", "epsilon", "v", "x0")),
+                   ("train.logger", t.logger, ("", "tensorboard", "wandb")), ("train.loss", t.loss, ("prediction", "epsilon", "v", "x0")),
                    ("variant", self.variant, ("", "stage1", "image", "temporal")))
         for name, value, allowed in choices:
             if value not in allowed:
@@ -99,6 +103,12 @@ class Recipe:
             raise InputError("data.clips is missing; expected the number of dancers' clips")
         if d.kind == "tsv" and not d.path:
             raise InputError("data.path is missing; expected the YAML file of a set of TSV files")
+        if d.kind == "tsv" and t.validate_every and not d.validation:
+            raise InputError("data.validation is missing; expected the YAML file of a set to validate on, or "
+                             "train.validate_every 0")
+        if t.validate_every < 0 or t.validate_count < 1 or d.first < 0:
+            raise InputError(f"train.validate_every is {t.validate_every}, train.validate_count {t.validate_count}, "
+                             f"data.first {d.first}; expected 0 or more, 1 or more, 0 or more")
         if self.model is None and not self.start:
             raise InputError("neither model nor start is given; expected a configuration, or weights to start from")
 
@@ -119,15 +129,18 @@ def load(path: str | Path, arguments: list[str] = ()) -> Recipe:
                          "(the last checkpoint of the stage before, or downloaded weights)")
     place = {"start": tuple(str(_found(path, name)) for name in recipe.start),
              "out": recipe.out or f"output/{path.stem}"}
-    data = {"path": str(_found(path, recipe.data.path))} if recipe.data.path else {}
+    data = {name: str(_found(path, value)) for name in ("path", "validation") if (value := getattr(recipe.data, name))}
     return replace(recipe, data=replace(recipe.data, **data), **place)
 
 
 def lasting(recipe: Recipe) -> dict:
-    """What must stay as it is when a run goes on: all but places, which a move to another machine changes."""
+    """What must stay as it is when a run goes on: all but places, and how it is watched and saved."""
     values = to_dict(recipe)
-    for group, name in ((values, "out"), (values, "start"), (values["data"], "path"), (values["data"], "workers")):
-        del group[name]
+    for group, names in ((values, ("out", "start")), (values["data"], ("path", "validation", "workers")),
+                         (values["train"], ("log_every", "logger", "save_every", "keep", "validate_every",
+                                            "validate_count"))):
+        for name in names:
+            del group[name]
     return values
 
 

@@ -19,7 +19,8 @@ ROWS = [                               # a file imports only from rows above its
     ["controlnet"],
     ["disco"],
     ["guidance", "loading"],
-    ["convert", "dance", "judge", "start"]]
+    ["convert", "dance", "judge", "start"],
+    ["validation"]]
 
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}
 FILES = sorted(path for package in ("nanodisco", "kernels") for path in (ROOT / package).rglob("*.py"))
