@@ -1,5 +1,6 @@
 """From one photo and a track of poses to a video.
 
+    python sample.py                                                      # a synthetic dancer, by the small model
     python sample.py --ref me.png --poses dir/                            # a photo with transparency
     python sample.py --sd sd-image-variations-diffusers --weights mp_rank_00_model_states.pt \\
                      --ref me.jpg --ref-mask mask.png --background beach.jpg --poses dance.json
@@ -10,9 +11,14 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from nanodisco import config
 from nanodisco.errors import InputError, run
 
-WEIGHTS = ("weights/disco", "weights/nano")              # the first that is there, where --weights names none
+ROOT = Path(__file__).parent
+NANO = ROOT / "weights" / "nano"
+EXAMPLE = {"ref": NANO / "example/reference.png", "background": NANO / "example/background.png",
+           "poses": NANO / "example/dance.json"}
+WEIGHTS = (ROOT / "weights" / "disco", NANO)             # the first that is there, where --weights names none
 SCHEDULERS = ("ddim", "ddpm", "pndm", "dpm++")
 FORMATS = ("mp4", "gif", "webp", "png")
 
@@ -33,10 +39,10 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--data", metavar="YAML", help="a validation set of TSV files instead of --ref and --poses; "
                      "--ref, --background and --poses replace the set's people, scenes and poses")
     top.add_argument("--layout", choices=("disco",), help="with --data: the folders of the official evaluation")
-    top.add_argument("--weights", metavar="DIR|FILE", help=f"default: the first of {', '.join(WEIGHTS)} that is there")
+    top.add_argument("--weights", metavar="DIR|FILE", help="default: weights/disco if it is there, else weights/nano")
     top.add_argument("--sd", metavar="DIR", help="Stable Diffusion folder that --weights comes on top of")
-    top.add_argument("-W", "--width", type=int, default=256, help="of the result (default 256)")
-    top.add_argument("-H", "--height", type=int, default=256, help="of the result (default 256)")
+    top.add_argument("-W", "--width", type=int, help="of the result (default: as the weights were trained; 256)")
+    top.add_argument("-H", "--height", type=int, help="of the result (default: as the weights were trained; 256)")
     top.add_argument("-L", "--length", type=int, metavar="FRAMES", help="make only the first so many frames")
     top.add_argument("--steps", type=int, default=50, help="sampling steps (default 50)")
     top.add_argument("--cfg", type=float, default=1.5, help="guidance; 1 is none and twice as fast (default 1.5)")
@@ -69,6 +75,8 @@ def parser() -> argparse.ArgumentParser:
 
 def judge(given: argparse.Namespace) -> None:
     """All that can be refused before torch is imported."""
+    if not (given.data or given.ref or given.poses) and EXAMPLE["ref"].exists():
+        of_example(given)
     if not given.data and not (given.ref and given.poses):
         needed = {"--ref IMG": given.ref, "--poses DIR": given.poses}
         missing = " and ".join(flag for flag, value in needed.items() if not value)
@@ -91,7 +99,7 @@ def judge(given: argparse.Namespace) -> None:
     if not 0.1 <= given.fps <= 240:
         raise InputError(f"--fps {given.fps}; expected 0.1 to 240")
     for side, value in (("-W", given.width), ("-H", given.height)):
-        if value % 4:
+        if value and value % 4:
             raise InputError(f"{side} {value}; expected a multiple of the latent factor (8 for Stable Diffusion): "
                              f"{value // 8 * 8} or {value // 8 * 8 + 8}")
     if unknown := [name for name in given.format.split(",") if name not in FORMATS]:
@@ -100,10 +108,11 @@ def judge(given: argparse.Namespace) -> None:
                                 and all(part.isdigit() and int(part) > 0 for part in parts)):
         raise InputError(f"--pose-size {given.pose_size}; expected WxH, as 1080x1920")
     if not given.weights:
-        given.weights = next((place for place in WEIGHTS if Path(place).exists()), None)
+        given.weights = next((str(place) for place in WEIGHTS if place.exists()), None)
         if not given.weights and not given.sd:
-            raise InputError(f"no weights: none of {', '.join(WEIGHTS)} is there; name some with --weights "
+            raise InputError("no weights: neither weights/disco nor weights/nano is there; name some with --weights "
                              "(README: Official weights)")
+    given.width, given.height = (asked or usual for asked, usual in zip((given.width, given.height), trained(given)))
     for path in (given.ref, given.background, given.poses, given.data, given.weights, given.sd, given.latents,
                  given.align, *(mask for mask in (given.ref_mask, given.background_mask) if mask != "black")):
         if path and not Path(path).exists():
@@ -111,6 +120,19 @@ def judge(given: argparse.Namespace) -> None:
     given.out = Path(given.out or f"output/{datetime.now():%Y%m%d-%H%M%S}-{given.seed}")
     if given.out.exists() and (not given.out.is_dir() or any(given.out.iterdir())):
         raise InputError(f"{given.out} is already there and not empty; choose another --out")
+
+
+def of_example(given: argparse.Namespace) -> None:
+    """Nobody is named: the shipped model shows its own example; --background still replaces the room."""
+    for name, path in EXAMPLE.items():
+        setattr(given, name, getattr(given, name) or str(path))
+    given.weights = given.weights or str(NANO)
+
+
+def trained(given: argparse.Namespace) -> tuple[int, int]:
+    """The size of the pictures that the weights were trained on."""
+    told = Path(given.weights or "") / "config.yaml"
+    return config.load(told).size if told.exists() else (256, 256)
 
 
 def say(text: str) -> None:

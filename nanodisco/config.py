@@ -93,6 +93,7 @@ class ModelConfig:
     background: ControlNetConfig | None = None
     tokens: str = "local"              # local: trained projection | local-clip: CLIP's own | global: one token
     uncond: str = "zeros"              # unconditional tokens: zeros | clip-zero (CLIP of an all-zero picture)
+    size: tuple[int, ...] = (256, 256)   # of the pictures it was trained on: width, height
 
     def __post_init__(self):
         """Refuse what cannot be built, or would fail only when it is used."""
@@ -119,6 +120,7 @@ class ModelConfig:
                  f"{clip.image_size} is not divisible by clip.patch {clip.patch}")
         _one_of("clip.activation", clip.activation, ("quick_gelu", "gelu"))
         _one_of("tokens", self.tokens, ("local", "local-clip", "global"))
+        _require(len(self.size) == 2 and min(self.size) > 0, "size", f"is {list(self.size)}; expected width, height")
         _one_of("uncond", self.uncond, ("zeros", "clip-zero"))
         _one_of("diffusion.schedule", diffusion.schedule, ("scaled_linear", "linear", "cosine"))
         _one_of("diffusion.prediction", diffusion.prediction, ("epsilon", "v"))

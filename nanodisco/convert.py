@@ -41,6 +41,8 @@ def parser() -> argparse.ArgumentParser:
                             "default: what the files hold")
     bring.add_argument("--config", metavar="YAML", help="model configuration for what the files do not say")
     bring.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as in the files")
+    bring.add_argument("--at-most", type=float, default=0, metavar="MB", help="cut the weights into files of at most so "
+                       "many megabytes (default: one file)")
     bring.add_argument("--seed", type=int, default=0, help="for parts that no file holds (default 0)")
     send = verbs.add_parser("export", help="write a nanodisco folder under the official names")
     send.add_argument("path", metavar="DIR", help="nanodisco folder (or any file that import takes)")
@@ -125,10 +127,12 @@ def bring(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from nanodisco import loading, weights
 
     _refuse_existing(arguments.out)
+    if arguments.at_most and not arguments.at_most >= 1:
+        raise InputError(f"--at-most {arguments.at_most}; expected 1 or more megabytes")
     dtype = getattr(torch, DTYPES[arguments.dtype]) if arguments.dtype else None
     model = loading.load(*arguments.paths, variant=arguments.variant, config=arguments.config, overrides=overrides,
                          dtype=dtype, seed=arguments.seed)
-    weights.write_folder(Path(arguments.out), model.state_dict(), model.config)
+    weights.write_folder(Path(arguments.out), model.state_dict(), model.config, int(arguments.at_most * 10**6))
     print(f"wrote {arguments.out}: {sum(p.numel() for p in model.parameters()):,} values, "
           f"tokens {model.config.tokens}, uncond {model.config.uncond}")
 

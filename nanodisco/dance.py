@@ -32,6 +32,7 @@ from nanodisco.sampling import frame_noise, sample
 from nanodisco.temporal import fold, unfold
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SEEN = 256                             # pixels of height that video.* is enlarged towards, so that one can see it
 AT_ONCE = 4                            # pictures in the VAE decoder, whose activations are the largest of all
 Say = Callable[[str], None]
 
@@ -289,7 +290,7 @@ class Results:
             self._official(shown, frames, poses)
         for frame, pose, photo in zip(frames, poses, photos):
             for (what, _), write in self.writers.items():
-                write(video.side_by_side(photo, pose, frame) if what == "video" else frame)
+                write(video.enlarged(video.side_by_side(photo, pose, frame), SEEN) if what == "video" else frame)
             if self.folder:
                 _save(self.folder / f"{self.count:06}.png", frame)
             self.count += 1

@@ -137,7 +137,7 @@ def _config_of(files: list[Weights], tensors: Tensors, started: dict, path, over
         assumed += [f"{group}.{key} {value}" for key, value in guessed.items()
                     if not any(text.startswith(f"--{group}.{key}=") for text in overrides)]
         values[group] = guessed | told | shown
-    told = {key: known[key] for known in given for key in ("tokens", "uncond") if key in known}
+    told = {key: known[key] for known in given for key in ("tokens", "uncond", "size") if key in known}
     if values["tokens"] == "local" or all(file.variant == "base" for file in files):
         told["tokens"] = "local"                                         # by the trained projection, or to train one
     if assumed:

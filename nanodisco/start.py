@@ -35,6 +35,7 @@ def model(recipe: Recipe, say: Callable[[str], None]) -> DisCo:
             torch.manual_seed(recipe.train.seed)
             made = DisCo(config)
             made.start_controlnets()
+    made.config = replace(made.config, size=(recipe.data.width, recipe.data.height))
     return made.eval()
 
 

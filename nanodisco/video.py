@@ -200,6 +200,15 @@ def side_by_side(*frames: Frame) -> Frame:
     return np.concatenate(scaled, axis=1)
 
 
+def enlarged(frame: Frame, height: int) -> Frame:
+    """A small frame as many times as large as stays within `height`; others as they are."""
+    times = max(height // frame.shape[0], 1)
+    if times == 1:
+        return frame
+    picture = Image.fromarray(frame)
+    return np.asarray(picture.resize((times * picture.width, times * picture.height), Image.Resampling.BICUBIC))
+
+
 def contact_sheet(frames: Iterable[Frame], columns: int | None = None, gap: int = 4) -> Frame:
     """All frames, of one size, on one white page, row by row."""
     frames = list(frames)

@@ -26,6 +26,7 @@ from nanodisco.files import appearing
 
 Tensors = dict[str, Tensor]
 
+HEADER = 1 << 18                       # bytes of a safetensors file that are not numbers, at most
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 UNET_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
               "diffusion_pytorch_model.fp16.safetensors")
@@ -88,9 +89,10 @@ def read_tensors(path: Path):
 
 
 def _open_folder(folder: Path) -> Weights:
-    if (folder / "model.safetensors").exists() and (folder / "config.yaml").exists():
+    parts = _parts(folder)
+    if parts and (folder / "config.yaml").exists():
         config = load_config(folder / "config.yaml", ModelConfig)
-        ours = read_tensors(folder / "model.safetensors")
+        ours = {name: tensor for part in parts for name, tensor in read_tensors(part).items()}
         return Weights(folder, "nanodisco", to_official(ours), known=to_dict(config))
     if any((folder / name).is_dir() for name in COMPONENT_FILES):
         return _open_diffusers(folder)
@@ -99,11 +101,21 @@ def _open_folder(folder: Path) -> Weights:
     if (folder / "latest").exists():                                     # DeepSpeed's log folder names its newest tag
         tag = (folder / "latest").read_text().strip()
         return _open_file(folder / tag / DEEPSPEED_FILE)
-    if (folder / "config.yaml").exists() or (folder / "model.safetensors").exists():
+    if (folder / "config.yaml").exists() or parts:
         missing = "model.safetensors" if (folder / "config.yaml").exists() else "config.yaml"
         raise InputError(f"{folder} has no {missing}; a nanodisco folder holds model.safetensors and config.yaml")
     raise InputError(f"{folder} holds no weights; expected unet/ vae/ image_encoder/ (Stable Diffusion), "
                      f"{DEEPSPEED_FILE} (DisCo), or model.safetensors with config.yaml (nanodisco)")
+
+
+def _parts(folder: Path) -> list[Path]:
+    """model.safetensors, or what it was cut into: model-00001-of-00002.safetensors, …; [] if there is none."""
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    parts = sorted(folder.glob("model-*-of-*.safetensors"))
+    if parts and len(parts) != int(parts[0].stem.rpartition("-")[2]):
+        raise InputError(f"{folder} holds {len(parts)} of the parts of {parts[0].name}; copy the others beside it")
+    return parts
 
 
 def _open_diffusers(folder: Path) -> Weights:
@@ -260,11 +272,21 @@ def official_shapes(shapes: dict[str, torch.Size]) -> dict[str, tuple[int, ...]]
 
 # ---- Writing --------------------------------------------------------------------------------------------------
 
-def write_folder(folder: Path, ours: Tensors, config: ModelConfig) -> None:
-    """Our own format: model.safetensors and config.yaml."""
+def write_folder(folder: Path, ours: Tensors, config: ModelConfig, at_most: int = 0) -> None:
+    """Our own format: model.safetensors and config.yaml.
+
+    at_most: bytes of a file; a larger model is cut into model-00001-of-00002.safetensors, … (0: never).
+    """
+    parts: list[Tensors] = [{}]
+    for name, tensor in ours.items():
+        if at_most and sum(t.nbytes for t in parts[-1].values()) + tensor.nbytes > at_most - HEADER and parts[-1]:
+            parts.append({})
+        parts[-1][name] = tensor
     with appearing(folder) as place:
         place.mkdir()
-        _save(ours, place / "model.safetensors")
+        for i, part in enumerate(parts):
+            of = f"-{i + 1:05}-of-{len(parts):05}" if len(parts) > 1 else ""
+            _save(part, place / f"model{of}.safetensors")
         (place / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
 
 

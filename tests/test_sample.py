@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_golden_sampling import IMAGE_RUNS
 
+import prepare_data
 import sample
 from nanodisco import dance, data, transforms, video, weights
 from nanodisco.errors import InputError
@@ -152,11 +154,34 @@ def test_settings_make_the_run_again(place, tmp_path):
     assert np.array_equal(frames, np.stack(list(video.read(tmp_path / "b" / "frames"))))
 
 
+def test_the_size_is_that_of_the_training_if_none_is_asked_for(place, tmp_path):
+    net = model("image")
+    weights.write_folder(tmp_path / "portrait", net.state_dict(), replace(net.config, size=(32, 48)))
+    sample.main(["--weights", str(tmp_path / "portrait"), "--ref", str(place / "ref.png"), "--poses",
+                 str(place / "poses"), "-L", "1", "--steps", "2", "--out", str(tmp_path / "out")])
+    assert video.picture(tmp_path / "out" / "frames" / "000000.png").size == (32, 48)
+
+
+def test_without_arguments_the_example_dances(place, tmp_path, monkeypatch):
+    prepare_data.main(["dancers", "--out", str(tmp_path / "example"), "--format", "example", "--clips", "3", "--frames",
+                       "2", "--size", "64"])
+    monkeypatch.setattr(sample, "EXAMPLE", {name: tmp_path / "example" / path.name
+                                            for name, path in sample.EXAMPLE.items()})
+    monkeypatch.setattr(sample, "NANO", place / "image")
+    sample.main(["--out", str(tmp_path / "out"), *SMALL])
+    settings = yaml.safe_load((tmp_path / "out" / "settings.yaml").read_text())
+    assert len(list((tmp_path / "out" / "frames").iterdir())) == 2
+    assert settings["background"] == str(tmp_path / "example" / "background.png")
+    assert settings["weights"] == str(place / "image")
+
+
 def test_video_shows_reference_pose_and_result(place, tmp_path):
     frames = run(place, tmp_path, "--format", "webp,gif,png")
     shown = list(video.read(tmp_path / "out" / "video.gif"))
-    assert shown[0].shape == (64, 3 * 64, 3) and len(shown) == 6
-    assert np.abs(shown[0][:, 128:].astype(int) - frames[0]).mean() < 16             # a GIF has 256 colours
+    assert shown[0].shape == (4 * 64, 4 * 3 * 64, 3) and len(shown) == 6             # small ones are enlarged
+    wanted = video.enlarged(frames[0], 256).astype(int)
+    assert np.abs(shown[0][:, 4 * 128:] - wanted).mean() < 16                        # a GIF has 256 colours
+    assert next(video.read(tmp_path / "out" / "result.gif")).shape == (64, 64, 3)
     assert not (tmp_path / "out" / "video.mp4").exists()
 
 

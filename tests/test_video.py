@@ -100,6 +100,11 @@ def test_saving_replaces_a_picture_and_leaves_no_other_file(tmp_path):
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), FLAT[1]) and len(list(tmp_path.iterdir())) == 1
 
 
+def test_small_frames_are_enlarged_by_a_whole_number_of_times():
+    assert video.enlarged(FLAT[0][:20, :30], 64).shape == (60, 90, 3)
+    assert video.enlarged(FLAT[0], 64) is FLAT[0]
+
+
 def test_pictures_side_by_side_have_the_height_of_the_last():
     assert video.side_by_side(FLAT[0], FLAT[1][:24], FLAT[2]).shape == (48, 64 + 128 + 64, 3)
 
