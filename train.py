@@ -60,20 +60,20 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint.tidy(folder)
     world.wait()
 
-    optimizer = torch.optim.AdamW(parameters, lr=t.lr, betas=t.betas, weight_decay=t.weight_decay, fused=True)
-    average = optim.Average(model.named_parameters()) if t.ema else None
-    scaler = torch.amp.GradScaler(world.device.split(":")[0]) if t.precision == "fp16" else None
-    state = checkpoint.State(model, optimizer, average, scaler)
     about = {"recipe": recipes.lasting(recipe), "data": dataset.source.fingerprint(), "processes": world.size}
     resumed = checkpoint.newest(folder, say) if given.resume else None
     if resumed and given.resume != "force":
         checkpoint.refuse_changes({key: resumed[1][key] for key in about}, about, resumed[0])
+    if not resumed and recipe.stage == "vae" and model.config.vae.linear and not recipe.start:
+        start.principal_components(model, dataset)
+    optimizer = torch.optim.AdamW(parameters, lr=t.lr, betas=t.betas, weight_decay=t.weight_decay, fused=True)
+    average = optim.Average(model.named_parameters()) if t.ema else None
+    scaler = torch.amp.GradScaler(world.device.split(":")[0]) if t.precision == "fp16" else None
+    state = checkpoint.State(model, optimizer, average, scaler)
     if resumed:
         checkpoint.restore(*resumed, state)
         if world.rank == 0:
             checkpoint.cut_log(folder / "log.jsonl", state.step)
-    elif recipe.stage == "vae" and model.config.vae.linear and not recipe.start:
-        start.principal_components(model, dataset)
     say(f"{sum(p.numel() for p in parameters):,} of {sum(p.numel() for p in model.parameters()):,} values train; "
         f"step {state.step} of {steps}; {folder}")
     if t.checkpointing:
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if average and norm < float("inf"):                              # a step that overflowed has changed nothing
-            average.update(model, t.ema)
+            average.update(model, optim.decay(state.step, t.ema))
         state.step += 1
         bar.update()
         bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}")

@@ -1,7 +1,7 @@
 """Optim: what trains, how fast, and the running average that is kept.
 
     AdamW with betas (0.9, 0.98); a linear warm-up, then linear decay to almost nothing, or a constant rate
-    EMA   average <- decay average + (1 - decay) weights, after every step
+    EMA   average <- d average + (1 - d) weights, after every step n = 0, 1, …;   d = min(decay, (1 + n) / (10 + n))
 """
 import functools
 from collections.abc import Iterable, Iterator
@@ -80,6 +80,11 @@ def learning_rate(step: int, steps: int, base: float, warmup: float = 0.1, const
     else:
         share = (steps - step) / max(steps - rising, 1)
     return max(base * share, FLOOR)
+
+
+def decay(step: int, highest: float) -> float:
+    """Of the average at step 0, 1, …: small at first, or it would remember the weights that training began with."""
+    return min(highest, (1 + step) / (10 + step))
 
 
 class Average:
