@@ -2,6 +2,7 @@
 import hashlib
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from formula import build, golden
@@ -123,6 +124,13 @@ def test_the_average_is_its_formula():
         average.update(net, 0.9)
     wanted = 0.9 ** 5 * history[0] + sum(0.1 * 0.9 ** (5 - i) * history[i] for i in range(1, 6))
     torch.testing.assert_close(average.tensors["weight"].double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_the_average_forgets_its_beginning_as_fast_as_it_ages():
+    assert [optim.decay(step, 0.999) for step in (0, 10, 90)] == pytest.approx([1 / 10, 11 / 20, 91 / 100])
+    assert optim.decay(10**6, 0.999) == 0.999
+    left = np.prod([optim.decay(step, 0.998) for step in range(1400)])
+    assert left < 1e-6 < 0.998 ** 1400                                   # of the weights before the first step
 
 
 def test_what_does_not_train_has_no_average():

@@ -378,6 +378,20 @@ def test_the_model_of_a_checkpoint_is_the_average(place):
     assert torch.equal(without[name], end[f"training.weight.{name}"])
 
 
+def test_a_vae_and_its_average_begin_at_principal_components(place):
+    """Neither the weights nor their average remember what they were before."""
+    linear = {**MODEL, "vae": MODEL["vae"] | {"linear": True}}
+    made = trained(place, "a", "--stage=vae", "--pose=false", f"--model={json.dumps(linear)}", "--train.lr=1e-9",
+                   "--train.ema=0.999")
+    net = start.model(recipe.load(place / "tiny.yaml", [f"--model={json.dumps(linear)}", "--pose=false"]), print)
+    begin = net.vae.linear_in.weight.clone()
+    config = replace(recipe.load(place / "tiny.yaml").data)
+    start.principal_components(net, data.Training(config, CLIP, False, 42))
+    for prefix in ("", "training.weight."):
+        torch.testing.assert_close(made[f"{prefix}vae.linear_in.weight"], net.vae.linear_in.weight, atol=1e-6, rtol=0)
+    assert (begin - net.vae.linear_in.weight).abs().max() > 0.1
+
+
 def test_only_the_newest_checkpoints_stay(place):
     trained(place, "a")
     assert [path.name for path in checkpoint.found(place / "a")] == ["step-0000004", "step-0000006"]

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from formula import build, given, model, recorded
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import attention, group_norm_silu
-from nanodisco import dancers, diffusion, pose, sampling, shapes, temporal, transformer, transforms, unet, vae
+from nanodisco import dancers, diffusion, optim, pose, sampling, shapes, temporal, transformer, transforms, unet, vae
 from nanodisco.config import ModelConfig, load
 from nanodisco.controlnet import ControlNet
 from nanodisco.disco import Conditions, DisCo
@@ -511,6 +512,16 @@ def test_as_many_skips_are_left_as_taken():
         assert f"takes {len(on_meta('unet').up[3 - i].res)}" in row(f"level {i} up")
 
 
+def test_training():
+    before = np.prod([optim.decay(step, 0.998) for step in range(10**6, 10**6 + 500)])
+    assert answers("Training") == [f"{100 * (1 - before):.1f}"] and f"leaves {100 * before:.1f} %" in CHAPTERS["Training"]
+    recipes = {name: yaml.safe_load((ROOT / "config" / "nano" / f"{name}.yaml").read_text())["train"]
+               for name in ("vae", "finetune_cfg")}
+    assert recipes["finetune_cfg"]["drop_reference"] == 0.1 and recipes["finetune_cfg"]["person"] == 3
+    assert recipes["vae"]["steps"] == 1400 and recipes["vae"]["ema"] == 0.998
+    assert round(0.998 ** 1400, 2) == 0.06                               # "six percent"
+
+
 # ---- Links and form ----------------------------------------------------------------------------------
 
 LINKS = sorted(set(re.findall(r"\[(`?[^\]]+`?)\]\(\.\./([^)]+)\)", TEXT)))
@@ -537,7 +548,7 @@ def test_every_link_stays_inside_the_repository():
 
 def test_every_chapter_has_one_exercise_with_an_answer():
     assert list(CHAPTERS) == ["Diffusion", "Layers", "Transformer", "UNet", "ControlNet", "Conditions", "Sampling",
-                              "Dancers"]
+                              "Dancers", "Training"]
     assert all(text.count("**Exercise.**") == 1 and answers(name) for name, text in CHAPTERS.items())
 
 
