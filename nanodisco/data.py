@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nanodisco import dancers, transforms
+from nanodisco import crops, dancers, transforms
 from nanodisco.config import ClipConfig, read_yaml
 from nanodisco.errors import InputError
 from nanodisco.recipe import DataConfig
@@ -152,6 +152,19 @@ class Rows:
                      [self.rows.masks.picture(k, 1) for k in frames])
 
 
+def cropped(scene: Scene, config: DataConfig, seed: int) -> Scene:
+    """Each picture cut to a random box; those of one size to the same one, masks as what they are masks of."""
+    def cut(picture: Image.Image, of: Image.Image) -> Image.Image:
+        if picture.size != of.size:
+            picture = picture.resize(of.size, Image.Resampling.BICUBIC)
+        generator = torch.Generator().manual_seed(seed)
+        aspect = config.width / config.height
+        return picture.crop(crops.training_box(of.size, generator, config.crop, config.slide, aspect))
+    return Scene([cut(frame, frame) for frame in scene.targets], [cut(frame, frame) for frame in scene.poses],
+                 cut(scene.reference, scene.reference), cut(scene.mask, scene.reference),
+                 [cut(mask, frame) for mask, frame in zip(scene.persons, scene.targets)])
+
+
 class Training(torch.utils.data.Dataset):
     """Samples as tensors. An index is (epoch, i): each epoch draws other frames of the same clips."""
 
@@ -168,6 +181,8 @@ class Training(torch.utils.data.Dataset):
         """
         epoch, i = place
         scene = self.source.scene(i, np.random.default_rng([self.seed, epoch, i]), self.with_pose)
+        if self.config.crop:
+            scene = cropped(scene, self.config, zlib.crc32(repr((self.seed, epoch, i)).encode()))
         size = (self.config.width, self.config.height)
         tensors = {"target": self._clip([transforms.target(frame, size) for frame in scene.targets]),
                    "reference": transforms.reference(scene.reference, scene.mask, self.clip.image_size,

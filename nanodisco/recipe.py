@@ -25,6 +25,8 @@ class DataConfig:
     height: int = 256
     frames: int = 1                    # of a sample: 1 is a picture, more a clip for the video model
     every: int = 1                     # frames of the track from one frame of a clip to the next
+    crop: tuple[float, ...] = ()       # share of the area, least and most, that a random crop keeps; []: the middle
+    slide: bool = False                # crop within a random square along the longer side, not within all of it
     reference: str = "first"           # first frame of the video | random frame of it | same: the target itself
     workers: int = 0                   # processes that prepare samples; 0: the training process does
 
@@ -109,6 +111,9 @@ class Recipe:
         if t.validate_every < 0 or t.validate_count < 1 or d.first < 0:
             raise InputError(f"train.validate_every is {t.validate_every}, train.validate_count {t.validate_count}, "
                              f"data.first {d.first}; expected 0 or more, 1 or more, 0 or more")
+        if d.crop and not (len(d.crop) == 2 and 0 < d.crop[0] <= d.crop[1] <= 1) or d.slide and not d.crop:
+            raise InputError(f"data.crop is {list(d.crop)}; expected two shares of the area, as [0.5, 1.0]"
+                             + (", for data.slide" if d.slide else ""))
         if self.model is None and not self.start:
             raise InputError("neither model nor start is given; expected a configuration, or weights to start from")
 
