@@ -336,7 +336,7 @@ def test_nobody_in_a_pose_is_drawn_black_and_said(place, tmp_path, capsys):
     run(place, tmp_path, poses=tmp_path / "poses")
     assert "nobody in 1 of 1 frames" in capsys.readouterr().err
     shown = next(video.read(tmp_path / "out" / "video.mp4"))
-    assert shown[:, 70:122].max() < 20
+    assert shown[:, 4 * 70:4 * 122].max() < 20
 
 
 @pytest.mark.parametrize("more, words", [
