@@ -132,6 +132,13 @@ def test_a_step_that_overflows_changes_nothing(place, monkeypatch):
 SCALER = torch.amp.GradScaler
 
 
+def test_how_a_run_is_watched_and_saved_may_change_when_it_goes_on(place):
+    whole = trained(place, "whole")
+    trained(place, "a", "--train.keep=0")
+    shutil.rmtree(place / "a" / "step-0000006")
+    assert same(whole, trained(place, "a", "--resume=auto", "--train.save_every=1", "--train.log_every=3"))
+
+
 def test_what_is_frozen_stays(place):
     net = start.model(recipe.load(place / "tiny.yaml"), print)
     after = trained(place, "a", "--train.unet=crossattn", "--train.freeze_pose=true", "--train.ema=0")
@@ -178,7 +185,7 @@ def test_a_lost_process_is_started_again_and_the_run_goes_on(place):
         time.sleep(0.01)
     children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    assert agent.wait(timeout=120) == 0
+    assert agent.wait(timeout=300) == 0
     assert same(tensors(place / "whole"), tensors(place / "lost"))
 
 
@@ -222,9 +229,11 @@ def killed_and_resumed(place: Path, ranks: int, kills: int, seed: int) -> bool:
     """Are the last bits of a run that was killed so often those of one that was not?
 
     SIGKILL to all of its processes, at a random moment after the first step that it makes. A checkpoint is
-    saved after every step, so these moments lie within steps, between their parts, in saves and renames.
+    saved after every step, so these moments lie within steps, between their parts, in saves and renames, and in
+    validation.
     """
-    more = ("--train.steps=60", "--train.save_every=1", "--train.accumulate=2", "--resume=auto")
+    more = ("--train.steps=60", "--train.save_every=1", "--train.accumulate=2", "--train.validate_every=9",
+            "--train.validate_count=1", "--resume=auto")
     subprocess.run(command(place, "whole", *more, ranks=ranks), env=environment(), check=True, capture_output=True)
     run, moment = place / "killed", random.Random(seed)
     for _ in range(kills):

@@ -232,11 +232,11 @@ def test_a_folder_in_parts_is_the_whole_model(tmp_path):
     parts = sorted((tmp_path / "ours").glob("model-*.safetensors"))
     assert len(parts) > 2 and parts[-1].name == f"model-{len(parts):05}-of-{len(parts):05}.safetensors"
     assert all(part.stat().st_size <= limit for part in parts)
-    again = load(tmp_path / "ours", say=print)
+    again = loading.load(tmp_path / "ours", say=print)
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in net.state_dict().items())
     parts[1].unlink()
     with pytest.raises(InputError, match="copy the others beside it"):
-        load(tmp_path / "ours", say=print)
+        loading.load(tmp_path / "ours", say=print)
 
 
 def test_our_folder_keeps_what_shapes_do_not_tell(tmp_path):
