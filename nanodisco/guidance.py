@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nanodisco import diffusion
 from nanodisco.disco import Conditions, DisCo
+from nanodisco.graph import Captured
 from nanodisco.memo import Memo
 from nanodisco.temporal import fold
 from nanodisco.transformer import Context
@@ -29,11 +30,12 @@ class Guided:
     With `cache` nothing is computed twice: keys and values of the tokens, pose and background hints and the
     time embeddings are kept; both halves are one until the first cross-attention; tokens of zeros are not
     attended to. `times` may be shared by all Guided of one model: the steps are the same.
+    With `graph` (None: on a GPU, with `cache`) all of a step is one CUDA graph; it makes the time embedding anew.
     """
 
     def __init__(self, model: DisCo, tokens: Tensor, background: Tensor | None, uncond: Tensor, guidance: float = 1.0,
                  pose_scale: float = 1.0, background_scale: float = 1.0, cache: bool = True,
-                 times: dict[int, Memo] | None = None):
+                 times: dict[int, Memo] | None = None, graph: bool | None = None):
         self.model, self.guidance, self.cache = model, guidance, cache
         self.scales = (pose_scale, background_scale)
         self.times = {} if times is None else times
@@ -44,22 +46,36 @@ class Guided:
         if cache:
             self.tokens = Memo(self.tokens, keep=True)
             self.background = None if background is None else Memo(self.background, keep=True)
+        graph = cache and tokens.is_cuda if graph is None else graph
+        self.captured = Captured(self._step) if graph else None
 
     def __call__(self, pose: Tensor | None) -> Predict:
         """pose (B, 3, [F,] H, W) in [0, 1] -> the network for these pictures"""
-        return (self._kept if self.cache else self._plain)(None if pose is None else pose.to(self.model.dtype))
+        pose = None if pose is None else pose.to(self.model.dtype)
+        if self.captured:
+            return self._replayed(pose)
+        return self._kept(pose) if self.cache else self._plain(pose)
 
     def _kept(self, pose: Tensor | None) -> Predict:
         hint = None if pose is None else Memo(fold(pose)[0], keep=True)
 
         def predict(zt: Tensor, t: Tensor) -> Tensor:
-            half = fold(zt)[0].shape[0]
-            context = Context(self.tokens)
-            if self.guidance > 1:
-                context = Context(self.tokens, rows=2 * half, blind=half if self.blind else 0)
-            step = self.times.setdefault(int(t[0]), Memo(t[:1], keep=True))
-            return self._answer(self.model(zt, step, Conditions(context, hint, self.background), *self.scales))
+            return self._answered(zt, self.times.setdefault(int(t[0]), Memo(t[:1], keep=True)), hint)
         return predict
+
+    def _replayed(self, pose: Tensor | None) -> Predict:
+        hint = () if pose is None else (self.model.pose.hint(fold(pose)[0]),)
+        return lambda zt, t: self.captured(zt, t[:1], *hint)
+
+    def _step(self, zt: Tensor, t: Tensor, hint: Tensor | None = None) -> Tensor:
+        """For a graph: a function of nothing but tensors. hint: what the pose net's first layers make of the pose"""
+        return self._answered(zt, Memo(t), None if hint is None else Memo.made(self.model.pose.hint, hint))
+
+    def _answered(self, zt: Tensor, t: Memo, hint: Memo | None) -> Tensor:
+        half, context = fold(zt)[0].shape[0], Context(self.tokens)
+        if self.guidance > 1:
+            context = Context(self.tokens, rows=2 * half, blind=half if self.blind else 0)
+        return self._answer(self.model(zt, t, Conditions(context, hint, self.background), *self.scales))
 
     def _plain(self, pose: Tensor | None) -> Predict:
         """official: both halves go through as one batch, the unconditional one first."""

@@ -25,6 +25,13 @@ class Memo:
         """A plain tensor as a Memo that keeps nothing; a Memo as it is."""
         return x if isinstance(x, Memo) else cls(x)
 
+    @classmethod
+    def made(cls, layer: Callable, x: Tensor) -> "Memo":
+        """Of an input that nobody needs any more: only what `layer` made of it, which is x."""
+        memo = cls(x)
+        memo._made[layer] = cls(x)
+        return memo
+
     def then(self, layer: Callable[[Tensor], Tensor]) -> "Memo":
         """layer(x) as a Memo, for layers further on."""
         if layer in self._made:

@@ -17,7 +17,7 @@ def guided(variant="image", guidance=3.0, uncond=None, cache=True, batch=2):
 @torch.no_grad()
 def answers(net, z, pose):
     predict = net(pose)
-    return torch.stack([predict(z, torch.full((len(z),), t)) for t in (801, 17)])
+    return torch.stack([predict(z, torch.full((len(z),), t, device=z.device)) for t in (801, 17)])
 
 
 @pytest.mark.parametrize("variant", ["image", "temporal"])
