@@ -522,6 +522,23 @@ def test_training():
     assert round(0.998 ** 1400, 2) == 0.06                               # "six percent"
 
 
+def test_kernels():
+    q = torch.empty(32, 1024, 8, 40, device="meta")
+    weights = torch.einsum("blnk,bmnk->bnlm", q, q)
+    assert answers("Kernels") == [f"{weights.numel() / (4 * q.numel()):.1f}"]
+    assert list(weights.shape) == [32, 8, 1024, 1024]                    # "32 x 8 x 1024 x 1024 numbers"
+
+
+def test_folding_two_parts_is_exact_where_the_difference_of_squares_is_not():
+    """The formula of the chapter, and its "costs two digits"."""
+    x = 100 + 3 * torch.randn(2, 5000, generator=torch.Generator().manual_seed(0))
+    (a, b), (s, t) = x.mean(1), ((x - x.mean(1, keepdim=True)) ** 2).sum(1)
+    folded = (s + t + (a - b) ** 2 * 5000 * 5000 / 10000) / 10000
+    wanted = x.double().var(correction=0)
+    naive = (x ** 2).mean() - x.mean() ** 2
+    assert abs(folded / wanted - 1) < 5e-7 < 5e-5 < abs(naive / wanted - 1)
+
+
 # ---- Links and form ----------------------------------------------------------------------------------
 
 LINKS = sorted(set(re.findall(r"\[(`?[^\]]+`?)\]\(\.\./([^)]+)\)", TEXT)))
@@ -548,7 +565,7 @@ def test_every_link_stays_inside_the_repository():
 
 def test_every_chapter_has_one_exercise_with_an_answer():
     assert list(CHAPTERS) == ["Diffusion", "Layers", "Transformer", "UNet", "ControlNet", "Conditions", "Sampling",
-                              "Dancers", "Training"]
+                              "Dancers", "Training", "Kernels"]
     assert all(text.count("**Exercise.**") == 1 and answers(name) for name, text in CHAPTERS.items())
 
 
