@@ -24,6 +24,7 @@ from torch import Tensor
 
 SMALL = 256                            # pixels of a picture up to which one launch should beat three; not measured yet
 PROGRAMS = 2 * 132                     # keep an H200 busy: two for each multiprocessor
+FOUR_WARPS = {"num_warps": 4, "enable_fp_fusion": True}                  # multiply-add in one; the default differs by version
 
 
 # ---- Tiles ------------------------------------------------------------------------------------------------
@@ -122,7 +123,8 @@ def _fold(slots,                       # (2, N, K, C) of _statistics
           stats,                       # (2, N, C): centre, rstd
           N, F, K, P, C, EACH, eps,
           CG: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, SHIFT: tl.constexpr):
-    clip, lanes, TYPE = tl.program_id(1), tl.arange(0, LANES), stats.dtype.element_ty
+    TYPE: tl.constexpr = stats.dtype.element_ty
+    clip, lanes = tl.program_id(1), tl.arange(0, LANES)
     channels, ours = tl.program_id(0) * CG + lanes, lanes < CG
     origin = tl.load(slots + clip * F * K * C + tl.program_id(0) * CG)   # sums of differences stay small and exact
     total, squares = tl.zeros([ROWS, LANES], TYPE), tl.zeros([ROWS, LANES], TYPE)
@@ -149,7 +151,8 @@ def _apply(x, y,                       # (N, P, C), or (N, C, P) if not LAST
            weight, bias,               # (C,)
            stats,                      # (2, N, C) of _fold
            P, C, SILU: tl.constexpr, LAST: tl.constexpr, CHUNK: tl.constexpr, BC: tl.constexpr):
-    N, TYPE = tl.num_programs(2), stats.dtype.element_ty
+    TYPE: tl.constexpr = stats.dtype.element_ty
+    N = tl.num_programs(2)
     n = N - 1 - tl.program_id(2)                                         # those read last are still in the L2 cache
     pixels, channels = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK), tl.program_id(0) * BC + tl.arange(0, BC)
     ours, picture = channels < C, n.to(tl.int64) * P * C
@@ -176,7 +179,8 @@ def _small(x, y,                       # (N, P, C), or (N, C, P) if not LAST
            CG: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr,
            LAST: tl.constexpr, CHUNK: tl.constexpr, BC: tl.constexpr):
     """All three for the WIDTH channels of a few groups of a picture."""
-    n, N, lanes, TYPE = tl.program_id(1), tl.num_programs(1), tl.arange(0, BC), stats.dtype.element_ty
+    TYPE: tl.constexpr = stats.dtype.element_ty
+    n, N, lanes = tl.program_id(1), tl.num_programs(1), tl.arange(0, BC)
     channels = tl.program_id(0) * WIDTH + lanes
     ours = (lanes < WIDTH) & (channels < C)
     x, y = x + n.to(tl.int64) * P * C, y + n.to(tl.int64) * P * C
@@ -224,9 +228,10 @@ def _sums(x, dy,                       # (N, P, C), or (N, C, P) if not LAST
           stats,                       # (2, N, C)
           slots,                       # (2 or 3, N, K, C): sums of g, g xhat and, for the gradient of the shift, xhat
           P, C, SHIFT: tl.constexpr, SILU: tl.constexpr, LAST: tl.constexpr, CHUNK: tl.constexpr, BC: tl.constexpr):
+    TYPE: tl.constexpr = stats.dtype.element_ty
     k, n, K, N = tl.program_id(1), tl.program_id(2), tl.num_programs(1), tl.num_programs(2)
     pixels, channels = k * CHUNK + tl.arange(0, CHUNK), tl.program_id(0) * BC + tl.arange(0, BC)
-    ours, picture, TYPE = channels < C, n.to(tl.int64) * P * C, stats.dtype.element_ty
+    ours, picture = channels < C, n.to(tl.int64) * P * C
     places, inside = _places(pixels, channels, ours, P, C, LAST)
     centre = _of_channels(stats + n * C, channels, ours, TYPE)
     rstd = _of_channels(stats + (N + n) * C, channels, ours, TYPE)
@@ -247,7 +252,8 @@ def _fold_sums(sums,                   # (2 or 3, N, C): those of _sums, over al
                dshift,                 # (N, C): as if each picture had a shift of its own
                N, F, P, C,
                CG: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, SHIFT: tl.constexpr):
-    first, lanes, TYPE = tl.program_id(1) * F, tl.arange(0, LANES), stats.dtype.element_ty
+    TYPE: tl.constexpr = stats.dtype.element_ty
+    first, lanes = tl.program_id(1) * F, tl.arange(0, LANES)
     channels, ours = tl.program_id(0) * CG + lanes, lanes < CG
     w = _of_channels(weight, channels, ours, TYPE)[None, :]
     c1, c2 = tl.zeros([ROWS, LANES], TYPE), tl.zeros([ROWS, LANES], TYPE)
@@ -277,7 +283,8 @@ def _gradient_of_x(x, dy, dx,          # (N, P, C), or (N, C, P) if not LAST
                    stats,              # (2, N, C)
                    folded,             # (2, N, C) of _fold_sums
                    P, C, SILU: tl.constexpr, LAST: tl.constexpr, CHUNK: tl.constexpr, BC: tl.constexpr):
-    N, TYPE = tl.num_programs(2), stats.dtype.element_ty
+    TYPE: tl.constexpr = stats.dtype.element_ty
+    N = tl.num_programs(2)
     n = N - 1 - tl.program_id(2)                                         # those read last are still in the L2 cache
     pixels, channels = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK), tl.program_id(0) * BC + tl.arange(0, BC)
     ours, picture = channels < C, n.to(tl.int64) * P * C
@@ -328,7 +335,7 @@ def launch_small(x, y, weight, bias, shift, stats, groups, eps, frames, silu) ->
     _small[triton.cdiv(C, width), N](
         x, y, weight, bias, shift, stats, P, C, 1 if shift is None else N // len(shift), eps, CG=CG, WIDTH=width,
         GROUPS=triton.next_power_of_2(width // CG), SHIFT=shift is not None, SILU=silu, LAST=channels_last(x),
-        CHUNK=CHUNK, BC=BC, num_warps=8 if CHUNK * BC > 4096 else 4)
+        CHUNK=CHUNK, BC=BC, **FOUR_WARPS | {"num_warps": 8 if CHUNK * BC > 4096 else 4})
 
 
 def launch_tiles(x, y, weight, bias, shift, stats, groups, eps, frames, silu) -> None:
@@ -337,11 +344,11 @@ def launch_tiles(x, y, weight, bias, shift, stats, groups, eps, frames, silu) ->
     K = triton.cdiv(P, CHUNK)
     LANES, ROWS = tile_of_group(C // groups, frames * K)
     slots, grid = statistics_for(x, 2, N, K, C), (triton.cdiv(C, BC), K, N)
-    _statistics[grid](x, slots, P, C, LAST=LAST, CHUNK=CHUNK, BC=BC, num_warps=4)
+    _statistics[grid](x, slots, P, C, LAST=LAST, CHUNK=CHUNK, BC=BC, **FOUR_WARPS)
     _fold[groups, N // frames](
         slots, shift, stats, N, frames, K, P, C, 1 if shift is None else N // len(shift), eps, CG=C // groups,
-        LANES=LANES, ROWS=ROWS, CHUNK=CHUNK, SHIFT=shift is not None, num_warps=4)
-    _apply[grid](x, y, weight, bias, stats, P, C, SILU=silu, LAST=LAST, CHUNK=CHUNK, BC=BC, num_warps=4)
+        LANES=LANES, ROWS=ROWS, CHUNK=CHUNK, SHIFT=shift is not None, **FOUR_WARPS)
+    _apply[grid](x, y, weight, bias, stats, P, C, SILU=silu, LAST=LAST, CHUNK=CHUNK, BC=BC, **FOUR_WARPS)
 
 
 def launch_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, stats: Tensor, groups: int, frames: int,
@@ -353,13 +360,13 @@ def launch_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, stats: 
     CHUNK, BC = tile_of(N, P, C, most=64)
     K = triton.cdiv(P, CHUNK)
     LANES, ROWS = tile_of_group(C // groups, frames)
-    tiles = dict(SILU=silu, LAST=LAST, CHUNK=CHUNK, BC=BC, num_warps=4)
+    tiles = dict(SILU=silu, LAST=LAST, CHUNK=CHUNK, BC=BC, **FOUR_WARPS)
     slots, grid = statistics_for(x, 2 + shifted, N, K, C), (triton.cdiv(C, BC), K, N)
     _sums[grid](x, dy, weight, bias, stats, slots, P, C, SHIFT=shifted, **tiles)
     sums = slots.sum(2)
     dx, folded, dshift = torch.empty_like(x), torch.empty_like(stats), statistics_for(x, N * shifted, C)
     _fold_sums[groups, N // frames](sums, weight, stats, folded, dshift, N, frames, P, C, CG=C // groups,
-                                    LANES=LANES, ROWS=ROWS, SHIFT=shifted, num_warps=4)
+                                    LANES=LANES, ROWS=ROWS, SHIFT=shifted, **FOUR_WARPS)
     _gradient_of_x[grid](x, dy, dx, weight, bias, stats, folded, P, C, **tiles)
     return dx, sums, dshift
 
