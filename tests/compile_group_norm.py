@@ -7,7 +7,7 @@ the GPU, so that tile sizes and what is known of alignment are those of the prog
 with TRITON_INTERPRET set, so this is a process of its own.
 
 A row: {"name", "kernel", "types": argument -> Triton type, "constants", "aligned": arguments that are multiples of
-16, "options" of the compiler, "hot": whether it streams pictures}.
+16, "options" of the compiler, "loads" and "stores": how many of 16 bytes each thread needs at least for its tiles}.
 """
 import os
 import re
@@ -20,6 +20,8 @@ from unittest.mock import patch
 ROOT = Path(__file__).parent.parent
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 SHARED = 227 * 1024                    # bytes that a program can have on sm_90
+NARROW = 8                             # loads of 2 bytes: a thread's weights, biases and shifts, never pixels
+TILES = {"_statistics": (1, 0), "_apply": (1, 1), "_small": (2, 1), "_sums": (2, 0), "_gradient_of_x": (2, 1)}
 
 # pictures, channels, height, frames, rows of shift, channels last
 SHAPES = [(32, 320, 32, 1, 32, True), (2, 320, 32, 1, 0, True), (32, 640, 16, 1, 1, True), (2, 1280, 8, 1, 1, True),
@@ -61,25 +63,27 @@ def row_of(kernel, args, options, shape: str) -> dict:
     """A launch as a row. As when it is launched, a None is a constant, and so is a 1."""
     import torch
 
-    constants = {name: value for name, value in options.items() if name in kernel.arg_names}
     short = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-    row = {"name": f"{kernel.__name__.lstrip('_')} {shape}", "kernel": kernel, "types": {}, "constants": constants,
-           "aligned": set(), "options": {name: options[name] for name in sorted(options.keys() - constants)},
-           "hot": "fold" not in kernel.__name__}
+    constants = {name: value for name, value in options.items() if name in kernel.arg_names}
+    options = {name: value for name, value in options.items() if name not in constants}
+    types, aligned = {}, set()
     for name, value in zip(kernel.arg_names, args):
-        if isinstance(value, torch.Tensor):
-            row["types"][name] = short[value.dtype]
-        elif value is None or value == 1:
-            row["constants"][name] = value
-        else:
-            row["types"][name] = "fp32" if isinstance(value, float) else "i32"
-        if name in row["types"] and (isinstance(value, torch.Tensor) or value % 16 == 0):
-            row["aligned"].add(name)
-    return row
+        if value is None or isinstance(value, int) and value == 1:
+            constants[name] = value
+            continue
+        is_tensor = isinstance(value, torch.Tensor)
+        types[name] = short[value.dtype] if is_tensor else "fp32" if isinstance(value, float) else "i32"
+        if is_tensor or value % 16 == 0:
+            aligned.add(name)
+    loads, stores = TILES.get(kernel.__name__, (0, 0))
+    channels = constants.get("WIDTH", constants.get("BC", 0))            # lanes past the width read nothing
+    tile = constants.get("CHUNK", 0) * channels * args[0].element_size() // (16 * 32 * options["num_warps"])
+    return {"name": f"{kernel.__name__.lstrip('_')} {shape}", "kernel": kernel, "types": types, "constants": constants,
+            "aligned": aligned, "options": options, "loads": loads * tile, "stores": stores * tile}
 
 
 def compiled(row: dict) -> dict:
-    """Registers, spilled bytes, bytes of shared memory; how wide global memory is read and written."""
+    """Registers, spilled bytes, bytes of shared memory; instructions that read and write global memory, by width."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -94,8 +98,8 @@ def compiled(row: dict) -> dict:
         file.flush()
         usage, code = (_cuobjdump(option, file.name) for option in ("-res-usage", "-sass"))
     count = {name: len(re.findall(pattern, code)) for name, pattern in {
-        "wide": r"(LDG|STG|LDGSTS)\S*\.128", "narrow": r"LDG\S*\.(U16|U8|S16|S8)\b", "instructions": r"/\*[0-9a-f]{4}\*/",
-        "spills": r"\b(LDL|STL)\b"}.items()}
+        "loads": r"\bLDG(STS)?\S*\.128", "stores": r"\bSTG\S*\.128", "narrow": r"\bLDG\S*\.[US](16|8)\b",
+        "spills": r"\b(LDL|STL)\b", "instructions": r"/\*[0-9a-f]{4}\*/"}.items()}
     return {"registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
             "shared": made.metadata.shared, **count}
 
@@ -110,20 +114,22 @@ def _cuobjdump(option: str, file: str) -> str:
 def broken(row: dict, found: dict) -> list[str]:
     """Which limits a kernel does not keep."""
     limits = {"spills": found["stack"] or found["spills"], "shared memory": found["shared"] > SHARED,
-              "no 16-byte accesses": row["hot"] and not found["wide"], "2-byte loads": row["hot"] and found["narrow"]}
+              "tiles not read by 16 bytes": found["loads"] < row["loads"],
+              "tiles not written by 16 bytes": found["stores"] < row["stores"], "2-byte loads": found["narrow"] > NARROW}
     return [name for name, is_broken in limits.items() if is_broken]
 
 
 def main() -> None:
-    columns = ["registers", "stack", "shared", "wide", "narrow", "instructions"]
-    print(f"{'':42} warps", *(f"{name:>9}" for name in columns))
+    columns = ["registers", "stack", "shared", "loads", "stores", "narrow", "instructions"]
+    print("loads and stores: of 16 bytes; narrow: loads of 2 bytes or 1")
+    print(f"{'':34} warps", *(f"{name:>{max(6, len(name))}}" for name in columns))
     failed = False
     for row in group_norm_rows():
         found = compiled(row)
         faults = broken(row, found)
         failed |= bool(faults)
-        print(f"{row['name']:42} {row['options']['num_warps']:5}", *(f"{found[name]:9}" for name in columns), ", ".join(faults),
-              flush=True)
+        print(f"{row['name']:34} {row['options']['num_warps']:5}",
+              *(f"{found[name]:{max(6, len(name))}}" for name in columns), ", ".join(faults), flush=True)
     sys.exit(failed)
 
 
