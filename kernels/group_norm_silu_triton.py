@@ -24,7 +24,7 @@ from torch import Tensor
 
 SMALL = 256                            # pixels of a picture up to which one launch should beat three; not measured yet
 PROGRAMS = 2 * 132                     # keep an H200 busy: two for each multiprocessor
-FOUR_WARPS = {"num_warps": 4, "enable_fp_fusion": True}                  # multiply-add in one; the default differs by version
+FOUR_WARPS = {"num_warps": 4, "enable_fp_fusion": True}                  # a x + b in one: the default is changing
 
 
 # ---- Tiles ------------------------------------------------------------------------------------------------
@@ -86,6 +86,15 @@ def _normalise(x, y, pixels, channels, ours, centre, rstd, weight, bias, P, C, S
 @triton.jit
 def _of_channels(vector, channels, ours, TYPE: tl.constexpr):
     return tl.load(vector + channels, mask=ours, other=0.0).to(TYPE)
+
+
+@triton.jit
+def _vectors(stats, weight, bias, n, N, channels, ours, C):
+    """centre, rstd, weight and bias of some channels of picture n.   -> 4 x (BC,)"""
+    TYPE: tl.constexpr = stats.dtype.element_ty
+    centre = _of_channels(stats + n * C, channels, ours, TYPE)
+    rstd = _of_channels(stats + (N + n) * C, channels, ours, TYPE)
+    return centre, rstd, _of_channels(weight, channels, ours, TYPE), _of_channels(bias, channels, ours, TYPE)
 
 
 @triton.jit
@@ -151,14 +160,11 @@ def _apply(x, y,                       # (N, P, C), or (N, C, P) if not LAST
            weight, bias,               # (C,)
            stats,                      # (2, N, C) of _fold
            P, C, SILU: tl.constexpr, LAST: tl.constexpr, CHUNK: tl.constexpr, BC: tl.constexpr):
-    TYPE: tl.constexpr = stats.dtype.element_ty
     N = tl.num_programs(2)
     n = N - 1 - tl.program_id(2)                                         # those read last are still in the L2 cache
     pixels, channels = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK), tl.program_id(0) * BC + tl.arange(0, BC)
     ours, picture = channels < C, n.to(tl.int64) * P * C
-    centre = _of_channels(stats + n * C, channels, ours, TYPE)
-    rstd = _of_channels(stats + (N + n) * C, channels, ours, TYPE)
-    w, b = _of_channels(weight, channels, ours, TYPE), _of_channels(bias, channels, ours, TYPE)
+    centre, rstd, w, b = _vectors(stats, weight, bias, n, N, channels, ours, C)
     _normalise(x + picture, y + picture, pixels, channels, ours, centre, rstd, w, b, P, C, SILU, LAST)
 
 
@@ -185,7 +191,7 @@ def _small(x, y,                       # (N, P, C), or (N, C, P) if not LAST
     ours = (lanes < WIDTH) & (channels < C)
     x, y = x + n.to(tl.int64) * P * C, y + n.to(tl.int64) * P * C
     mean, squares = tl.zeros([BC], TYPE), tl.zeros([BC], TYPE)
-    for start in range(0, P, CHUNK):                                     # Chan's formula: `start` pixels and `count` more
+    for start in range(0, P, CHUNK):                                     # Chan's formula: `count` more than `start`
         count = tl.minimum(CHUNK, P - start)
         new, more = _moments(x, start + tl.arange(0, CHUNK), channels, ours, count, P, C, LAST, TYPE)
         new, share = new - mean, count / (start + count).to(TYPE)
@@ -228,14 +234,11 @@ def _sums(x, dy,                       # (N, P, C), or (N, C, P) if not LAST
           stats,                       # (2, N, C)
           slots,                       # (2 or 3, N, K, C): sums of g, g xhat and, for the gradient of the shift, xhat
           P, C, SHIFT: tl.constexpr, SILU: tl.constexpr, LAST: tl.constexpr, CHUNK: tl.constexpr, BC: tl.constexpr):
-    TYPE: tl.constexpr = stats.dtype.element_ty
     k, n, K, N = tl.program_id(1), tl.program_id(2), tl.num_programs(1), tl.num_programs(2)
     pixels, channels = k * CHUNK + tl.arange(0, CHUNK), tl.program_id(0) * BC + tl.arange(0, BC)
     ours, picture = channels < C, n.to(tl.int64) * P * C
     places, inside = _places(pixels, channels, ours, P, C, LAST)
-    centre = _of_channels(stats + n * C, channels, ours, TYPE)
-    rstd = _of_channels(stats + (N + n) * C, channels, ours, TYPE)
-    w, b = _of_channels(weight, channels, ours, TYPE), _of_channels(bias, channels, ours, TYPE)
+    centre, rstd, w, b = _vectors(stats, weight, bias, n, N, channels, ours, C)
     xhat, g = _gradient_of_z(x + picture, dy + picture, places, inside, centre, rstd, w, b, SILU)
     slot = slots + (n * K + k) * C + channels
     tl.store(slot, tl.sum(g, 0), mask=ours)
@@ -283,18 +286,15 @@ def _gradient_of_x(x, dy, dx,          # (N, P, C), or (N, C, P) if not LAST
                    stats,              # (2, N, C)
                    folded,             # (2, N, C) of _fold_sums
                    P, C, SILU: tl.constexpr, LAST: tl.constexpr, CHUNK: tl.constexpr, BC: tl.constexpr):
-    TYPE: tl.constexpr = stats.dtype.element_ty
     N = tl.num_programs(2)
     n = N - 1 - tl.program_id(2)                                         # those read last are still in the L2 cache
     pixels, channels = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK), tl.program_id(0) * BC + tl.arange(0, BC)
     ours, picture = channels < C, n.to(tl.int64) * P * C
     places, inside = _places(pixels, channels, ours, P, C, LAST)
-    centre = _of_channels(stats + n * C, channels, ours, TYPE)
-    rstd = _of_channels(stats + (N + n) * C, channels, ours, TYPE)
-    w, b = _of_channels(weight, channels, ours, TYPE), _of_channels(bias, channels, ours, TYPE)
+    centre, rstd, w, b = _vectors(stats, weight, bias, n, N, channels, ours, C)
     xhat, g = _gradient_of_z(x + picture, dy + picture, places, inside, centre, rstd, w, b, SILU)
-    c1 = _of_channels(folded + n * C, channels, ours, TYPE)              # both times rstd
-    c2 = _of_channels(folded + (N + n) * C, channels, ours, TYPE)
+    c1 = _of_channels(folded + n * C, channels, ours, rstd.dtype)        # both times rstd
+    c2 = _of_channels(folded + (N + n) * C, channels, ours, rstd.dtype)
     result = g * (rstd * w)[None, :] - c1[None, :] - xhat * c2[None, :]
     tl.store(dx + picture + places, result.to(dx.dtype.element_ty), mask=inside)
 

@@ -52,7 +52,7 @@ class Case:
     plain: Callable
     flops: float
     exps: float
-    numbers: int                       # that are read and written
+    bytes: int                         # that are read and written
     fused: dict = field(default_factory=dict)
     few: int = 1                       # of the first axis, to be repeated in float64
     backward: bool = False             # the gradients, of which that of the first input is compared
@@ -117,9 +117,9 @@ def attention_case(name, inputs, ours, adapt, scores, K, backward=False, **other
     Forward two products of matrices, backward five; q, k, v and o, then those and as many gradients.
     """
     fused = {name: adapt(fused_attention(choice)) for name, choice in FUSED.items()} if GPU else {}
-    numbers = sum(x.numel() for x in inputs) + inputs[0].numel()
+    traffic = sum(x.numel() * x.element_size() for x in [*inputs, inputs[0]])
     return Case(name, inputs, ours, adapt(plain_attention), (10 if backward else 4) * scores * K, scores,
-                (2 if backward else 1) * numbers, fused, backward=backward, **others)
+                (2 if backward else 1) * traffic, fused, backward=backward, **others)
 
 
 def attention_cases(B: int, backward: bool = False) -> Iterator[Case]:
@@ -155,7 +155,8 @@ def norm_cases(backward: bool = False) -> Iterator[Case]:
         weight, bias = 1 + 0.1 * torch.randn(C, device=DEVICE, dtype=DTYPE), 0.1 * torch.ones_like(x[0, :, 0, 0])
         yield Case(f"norm {C}@{side} B{B}, {x.nbytes / 1e6:.1f} MB", [x, weight, bias],
                    lambda x, weight, bias: group_norm_silu(x, weight, bias, GROUPS, 1e-5), plain_group_norm_silu,
-                   0, 0, (3 if backward else 2) * x.numel(), backward=backward, compiled=B > 2 and not backward, aim=3.0)
+                   0, 0, (3 if backward else 2) * x.nbytes, backward=backward, compiled=B > 2 and not backward,
+                   aim=3.0)
 
 
 TABLES = {"attention, B = 32": lambda: attention_cases(32 if GPU else 2),
@@ -224,8 +225,7 @@ def ceilings() -> dict:
 
 def limit(case: Case, machine: dict) -> float:
     """Milliseconds that this machine needs at least."""
-    size = case.inputs[0].element_size()
-    return 1e3 * max(case.flops / machine["flops"], case.exps / machine["exps"], case.numbers * size / machine["bytes"])
+    return 1e3 * max(getattr(case, what) / machine[what] for what in ("flops", "exps", "bytes"))
 
 
 # ---- Tables -----------------------------------------------------------------------------------------------
@@ -255,19 +255,18 @@ def measured(case: Case, machine: dict, compile_too: bool) -> dict:
         row["fused"] = min(fused, key=row.get)
         row["kernel"] = kernel_that_ran(case.ready(case.fused[row["fused"]]))
     seconds = row["ours"] / 1e3
-    row |= {"TFLOP/s": case.flops / seconds / 1e12, "GB/s": case.numbers * case.inputs[0].element_size() / seconds / 1e9}
+    row |= {"TFLOP/s": case.flops / seconds / 1e12, "GB/s": case.bytes / seconds / 1e9}
     row["times"] = min(row[name] for name in others if name in row) / row["ours"]
     return row
 
 
 def line(row: dict) -> str:
-    def cell(value) -> str:
-        return f"{value:8.4f}" if value is not None else f"{'-':>8}"
-
+    columns = [row.get(name) for name in ("ours", row.get("fused"), "plain", "compiled")]
+    cells = " ".join(f"{'-':>8}" if value is None else f"{value:8.4f}" for value in columns)
     rate = f"{row['TFLOP/s']:6.0f} TFLOP/s" if row["TFLOP/s"] else f"{row['GB/s']:6.0f} GB/s   "
-    cells = [cell(row["ours"]), cell(row.get(row.get("fused"))), cell(row.get("plain")), cell(row.get("compiled"))]
-    return (f"{row['name'] + ' *' * (row['recorded'] > 1):30}" + " ".join(cells) + f" {rate} {row['limit'] / row['ours']:5.0%} {row['error']:8.1e} "
-            f"{row['times']:6.2f} {'ok' if row['times'] >= row['aim'] else '<'} {row['aim']:4.2f} {row['spread']:5.1%}  "
+    verdict = "ok" if row["times"] >= row["aim"] else "< "
+    return (f"{row['name'] + ' *' * (row['recorded'] > 1):30}{cells} {rate} {row['limit'] / row['ours']:5.0%} "
+            f"{row['error']:8.1e} {row['times']:6.2f} {verdict} {row['aim']:4.2f} {row['spread']:6.1%}  "
             f"{row.get('kernel', '')}")
 
 
@@ -308,7 +307,8 @@ def without_gpu(tables: dict) -> dict:
             mine, plain = on_cpu([ours, case.ready(case.plain)])
             error = ((ours()[:len(wanted)].double() - wanted).norm() / wanted.norm()).item()
             result.setdefault(title, []).append({"name": case.name, "ratio": mine / plain, "error": error})
-            print(f"{case.name:22} {'backward' if case.backward else '':10} {mine / plain:12.2f} {error:7.0e}", flush=True)
+            print(f"{case.name:22} {'backward' if case.backward else '':10} {mine / plain:12.2f} {error:7.0e}",
+                  flush=True)
     return {"tables": result}
 
 

@@ -115,7 +115,8 @@ def broken(row: dict, found: dict) -> list[str]:
     """Which limits a kernel does not keep."""
     limits = {"spills": found["stack"] or found["spills"], "shared memory": found["shared"] > SHARED,
               "tiles not read by 16 bytes": found["loads"] < row["loads"],
-              "tiles not written by 16 bytes": found["stores"] < row["stores"], "2-byte loads": found["narrow"] > NARROW}
+              "tiles not written by 16 bytes": found["stores"] < row["stores"],
+              "2-byte loads": found["narrow"] > NARROW}
     return [name for name, is_broken in limits.items() if is_broken]
 
 
