@@ -128,6 +128,15 @@ def test_a_channel_that_is_constant_and_far_off_is_exact(way):
     assert error(got, wanted) <= LIMITS[torch.float32] and error(got[:, 2:], wanted[:, 2:]) <= 1e-6
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("launch", [kernels.launch_small, kernels.launch_tiles])
+def test_nothing_is_written_outside_of_the_result(launch, layout):
+    x, weight, bias, _, _ = inputs((2, 20, 7, 9, 2, 1, 0), layout=layout)
+    around = torch.empty_like(x.repeat(2, 1, 1, 1))
+    launch(x, around[1:3], weight, bias, None, x.new_empty(2, 2, 20), 2, 1e-5, 1, True)
+    assert around[0].isnan().all() and around[3].isnan().all() and not around[1:3].isnan().any()
+
+
 @pytest.mark.parametrize("name", FEW)
 def test_silu_can_be_left_out(name, way):
     check(SHAPES[name], silu=False)
