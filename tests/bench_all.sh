@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Checks, then benchmarks, unattended: on a machine with a GPU in under 8 minutes.
+#
+#     tests/bench_all.sh                     # tables on stdout, and as JSON and text in output/bench
+#     OUT=/tmp/bench tests/bench_all.sh      # … or there
+#
+# Each has a time of its own after which it is ended and the next begins. The status is 1 if one failed.
+# Without a GPU kernels are checked by Triton's interpreter, and benchmarks are small.
+set -u
+cd "$(dirname "$0")/.."
+out=${OUT:-output/bench}
+mkdir -p "$out"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+failed=0
+
+run() {                                      # name, seconds, command…
+    local name=$1 seconds=$2 began=$SECONDS status
+    shift 2
+    printf '\n==== %s (at most %s s)\n' "$name" "$seconds"
+    timeout --kill-after=10 "$seconds" "$@" 2>&1 | tee "$out/$name.txt"
+    status=${PIPESTATUS[0]}
+    printf '==== %s: %s, %s s\n' "$name" "$([ "$status" = 0 ] && echo ok || echo "status $status")" $((SECONDS - began))
+    [ "$status" = 0 ] || failed=1
+}
+
+if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    check=60 test=130 kernels=210 pipeline=75
+    small=() budget=(--seconds 170) sizes=(--dtype bf16 --rounds 5)
+else
+    check=300 test=900 kernels=120 pipeline=300
+    small=(-x) budget=() sizes=(--dtype fp32 --tiny --rounds 1)
+fi
+
+for file in tests/compile_*.py; do
+    run "$(basename "$file" .py)" $check env -u TRITON_INTERPRET python "$file"
+done
+run tests $test python -m pytest "${small[@]}" tests/test_kernels_*.py
+run bench_kernels $kernels python tests/bench_kernels.py "${budget[@]}" --json "$out/bench_kernels.json"
+run bench_pipeline $pipeline python tests/bench_pipeline.py "${sizes[@]}" --json "$out/bench_pipeline.json"
+printf '\n%s s; JSON and text in %s\n' "$SECONDS" "$out"
+exit $failed
