@@ -14,7 +14,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle, unfold
 
 from nanodisco.config import VAEConfig
 from nanodisco.layers import Down, GroupNormSiLU, ResBlock, Up
-from nanodisco.transformer import SelfAttention
+from nanodisco.transformer import GroupNorm, SelfAttention
 
 EPS = 1e-6                             # of every norm here; the UNet has 1e-5
 COLOURS = 3
@@ -38,7 +38,7 @@ class PixelAttention(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, EPS)
+        self.norm = GroupNorm(groups, channels, EPS)
         self.attn = SelfAttention(channels, heads=1, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
