@@ -30,14 +30,13 @@ LIMITS = {"bf16": 0.55, "fp32": 0.45}
 
 # ---- The programs, each in a process ----------------------------------------------------------------------
 
-def inputs(config, dtype):
+def inputs(config, dtype, frames=1, side=32, device="cpu"):
     import torch
 
-    generator = torch.Generator().manual_seed(0)
-    side, pixels = 32, 32 * config.vae.factor
-    shapes = {"z": (1, config.unet.channels, side, side), "tokens": (1, config.clip.tokens, config.unet.context),
-              "pose": (1, 3, pixels, pixels), "background": (1, config.unet.channels, side, side)}
-    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    generator, pixels = torch.Generator().manual_seed(0), side * config.vae.factor
+    shapes = {"z": (frames, config.unet.channels, side, side), "tokens": (1, config.clip.tokens, config.unet.context),
+              "pose": (frames, 3, pixels, pixels), "background": (1, config.unet.channels, side, side)}
+    return {name: torch.randn(shape, generator=generator).to(device, dtype) for name, shape in shapes.items()}
 
 
 def ours(folder: Path, dtype):
@@ -57,7 +56,8 @@ def ours(folder: Path, dtype):
     return time.perf_counter() - began, lambda t: predict(given["z"], torch.tensor([t]))
 
 
-def diffusers(folder: Path, dtype, channels_last: bool, compiled: bool):
+def diffusers(folder: Path, dtype, channels_last: bool, compiled: bool, frames: int = 1, side: int = 32,
+              device: str = "cpu"):
     import torch
     from diffusers import ControlNetModel, UNet2DConditionModel
 
@@ -72,9 +72,11 @@ def diffusers(folder: Path, dtype, channels_last: bool, compiled: bool):
                                                            padding=1).to(dtype)
     from safetensors.torch import load_file
     background.controlnet_cond_embedding.load_state_dict(load_file(folder / "hint.safetensors"))
-    nets = [net.eval() for net in (unet, pose, background)]
-    given = {name: torch.cat([x * (name != "tokens"), x]) for name, x in
-             inputs(load_config(folder / "ours" / "config.yaml"), dtype).items()}
+    nets = [net.eval().to(device) for net in (unet, pose, background)]
+    config, given = load_config(folder / "ours" / "config.yaml"), {}
+    for name, x in inputs(config, dtype, frames, side, device).items():
+        x = x if len(x) == frames else x.repeat(frames, *[1] * (x.ndim - 1))
+        given[name] = torch.cat([x * (name != "tokens"), x])
     if channels_last:
         nets = [net.to(memory_format=torch.channels_last) for net in nets]
         given = {name: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
@@ -230,12 +232,16 @@ def main() -> None:
     top.add_argument("--work", help=argparse.SUPPRESS)
     top.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = top.parse_args()
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import torch
+    if torch.cuda.is_available():
+        import bench_pipeline_gpu
+        bench_pipeline_gpu.main((["--tiny"] if given.tiny else []) + (["--json", given.json] if given.json else []))
+        return
     if given.work:
         work(given.work, given.folder, given.dtype[0])
         return
-    sys.path.insert(0, str(ROOT))
     import diffusers
-    import torch
 
     processor = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                       if line.startswith("model name")), platform.processor())

@@ -1,0 +1,165 @@
+"""The step on a GPU: ms, frames a second and memory, against diffusers, and what each of our switches is worth.
+
+    python tests/bench_pipeline.py                  # where there is a GPU this is what runs
+    python tests/bench_pipeline_gpu.py --tiny       # anywhere: only to see that it runs
+
+A step is UNet + pose ControlNet + background ControlNet with guidance 2, in bf16, of one reference and 1 or 16
+frames. Programs have the same random weights and run one after the other; times are medians of ROUNDS steps
+between synchronisations, after warming up. Training is of batches of 32 without checkpointing of activations.
+"""
+import argparse
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+ROUNDS, WARM_UP, BATCH = 20, 3, 32
+OURS = {"ours": {}, "ours, no graph": {"graph": False}, "ours, no cache": {"cache": False, "graph": False},
+        "ours, NCHW": {"nchw": True}, "ours, plain PyTorch": {"kernels": "torch"}}
+THEIRS = {"diffusers": {}, "diffusers NHWC": {"channels_last": True},
+          "diffusers compiled": {"channels_last": True, "compiled": True}}
+
+
+def synchronise(device: str) -> None:
+    import torch
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(step, device: str, rounds: int = ROUNDS) -> dict:
+    """Median ms of a step and the most memory it needed, weights with it."""
+    import torch
+    for _ in range(WARM_UP):
+        step()
+    synchronise(device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        step()
+        synchronise(device)
+        seconds.append(time.perf_counter() - began)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
+    return {"ms": 1000 * statistics.median(seconds), "gib": peak}
+
+
+def our_step(folder: Path, device: str, frames: int, side: int, graph: bool | None = None, cache: bool = True,
+             nchw: bool = False, kernels: str = "auto"):
+    import torch
+    from bench_pipeline import inputs
+
+    from kernels import backend
+    from nanodisco.guidance import Guided
+    from nanodisco.loading import load
+    backend.MODE = kernels
+    model = load(folder / "ours", dtype=torch.bfloat16, say=lambda text: None).requires_grad_(False)
+    model.vae = model.clip = None
+    model = model.to(device, memory_format=torch.contiguous_format if nchw else torch.channels_last)
+    given = inputs(model.config, torch.bfloat16, frames, side, device)
+    guided = Guided(model, given["tokens"], given["background"], torch.zeros_like(given["tokens"]), guidance=2.0,
+                    cache=cache, graph=graph if device == "cuda" else False)
+    predict, t = guided(given["pose"]), torch.full((frames,), 481, device=device)
+    return lambda: predict(given["z"], t)
+
+
+def their_step(folder: Path, device: str, frames: int, side: int, channels_last: bool = False, compiled: bool = False):
+    import torch
+    from bench_pipeline import diffusers
+    from diffusers.utils import logging
+    logging.set_verbosity_error()                                        # it does not know DisCo's background hint
+    _, step = diffusers(folder, torch.bfloat16, channels_last, compiled, frames, side, device)
+    return lambda: step(torch.tensor(481, device=device))
+
+
+def training_step(folder: Path, device: str, side: int, batch: int, kernels: str):
+    """Forward and backward of UNet and ControlNets; no optimizer, no encoders: they are the same in both."""
+    import torch
+    from bench_pipeline import inputs
+
+    from kernels import backend
+    from nanodisco.disco import Conditions
+    from nanodisco.loading import load
+    backend.MODE = kernels
+    model = load(folder / "ours", say=lambda text: None)
+    model.vae = model.clip = None
+    model = model.to(device, memory_format=torch.channels_last).requires_grad_(True)
+    given = inputs(model.config, torch.float32, batch, side, device)
+    shown = Conditions(given["tokens"].expand(batch, -1, -1), given["pose"], given["background"].expand(batch, -1, -1, -1))
+    t = torch.full((batch,), 481, device=device)
+
+    def step():
+        model.zero_grad(set_to_none=True)
+        with torch.enable_grad(), torch.autocast(device, torch.bfloat16):
+            model(given["z"], t, shown).float().square().mean().backward()
+    return step
+
+
+def row(name: str, make, device: str, frames: int, rounds: int = ROUNDS) -> dict | None:
+    """Time one program; a program that cannot run is told, and the table goes on."""
+    import torch
+    try:
+        with torch.no_grad():
+            found = timed(make(), device, rounds)
+    except (ImportError, RuntimeError, torch.cuda.OutOfMemoryError) as error:
+        print(f"  {name:22} failed: {str(error).splitlines()[0][:80]}", flush=True)
+        return None
+    finally:
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    found["frames_per_second"] = frames / (50 * found["ms"] / 1000)      # of fifty steps
+    print(f"  {name:22} {found['ms']:9.2f} {found['frames_per_second']:9.2f} {found['gib']:8.2f}", flush=True)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    import torch
+
+    top = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    top.add_argument("--tiny", action="store_true", help="small networks, few steps: to see that it runs")
+    top.add_argument("--frames", type=int, nargs="+", default=[1, 16])
+    top.add_argument("--size", type=int, nargs="+", default=[256], help="pixels (default 256)")
+    top.add_argument("--skip", nargs="*", default=[], choices=[*OURS, *THEIRS, "training"], metavar="PROGRAM")
+    top.add_argument("--json", metavar="FILE", help="write the numbers there")
+    given = top.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rounds, batch = (2, 2) if given.tiny else (ROUNDS, BATCH)
+    from bench_kernels import machine_and_versions
+    from bench_pipeline import write_weights
+    result = {"machine": machine_and_versions(), "tiny": given.tiny}
+    print(result["machine"])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_weights(folder, "bf16", given.tiny)
+        for size in given.size:
+            side = size // 8
+            for frames in given.frames:
+                print(f"\n{size} x {size}, {frames} frame(s), bf16, guidance 2\n{'':24} {'ms/step':>9} {'frames/s':>9} "
+                      f"{'GiB':>8}")
+                for program, options in (OURS | THEIRS).items():
+                    make = our_step if program in OURS else their_step
+                    if program not in given.skip:
+                        result[f"{size} {frames} {program}"] = row(
+                            program, lambda: make(folder, device, frames, side, **options), device, frames, rounds)
+            if "training" not in given.skip:
+                print(f"\ntraining, {size} x {size}, batch {batch}, bf16 autocast, forward and backward")
+                for kernels in ("auto", "torch"):
+                    found = row(f"kernels {kernels}", lambda: training_step(folder, device, side, batch, kernels), device,
+                                batch, max(rounds // 4, 2))
+                    result[f"{size} training {kernels}"] = found
+                    if found:
+                        print(f"  {'':22} {1000 * batch / found['ms']:9.1f} pictures a second")
+    if given.json:
+        Path(given.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(given.json).write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
