@@ -16,8 +16,10 @@ from torch import Tensor
 
 from kernels.tiles_triton import add, heads_adjacent, inner, load, parts, scaled, store, strides, zeros
 
-ROWS = 64                              # of a tile: what a matrix product of Hopper (wgmma) wants
-LONGEST = 64                           # sequence that fits into a tile
+
+def longest(q: Tensor) -> int:
+    """Rows of a tile, and so the longest sequence: 64 are what Hopper's matrix product wants, and it has none for float32."""
+    return 16 if q.dtype == torch.float32 else 64
 
 
 @triton.jit
@@ -90,7 +92,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     grid, sizes, constants = cut(q)
     o = q.new_empty(q.shape)
     with torch.cuda.device_of(q):
-        forward[grid](q, k, v, o, *strides(q), *sizes, **constants, num_warps=4, num_stages=1)
+        forward[grid](q, k, v, o, *strides(q), *sizes, **constants)
     return o
 
 
@@ -106,8 +108,7 @@ def attend_backward(q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[Tensor
     grid, sizes, constants = cut(q)
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
     with torch.cuda.device_of(q):
-        backward[grid](q, k, v, do, dq, dk, dv, *strides(q), *strides(do), *sizes, q.shape[-1] ** -0.5, **constants,
-                       num_warps=4, num_stages=1)
+        backward[grid](q, k, v, do, dq, dk, dv, *strides(q), *strides(do), *sizes, q.shape[-1] ** -0.5, **constants)
     return dq, dk, dv
 
 
@@ -134,11 +135,11 @@ def alike(*xs: Tensor) -> tuple[Tensor, ...]:
 
 
 def cut(q: Tensor) -> tuple[tuple, tuple, dict]:
-    """-> grid, sizes and constants of the kernels"""
+    """-> grid, sizes, constants and launch of the kernels"""
     B, T, S, N, K = q.shape
-    count, each = B * S, ROWS // T
+    count, rows = B * S, longest(q)
+    each = rows // T                                                     # sequences of a tile
     MAIN, TAIL = parts(K)
-    even = ROWS % T == 0 and count % each == 0
-    scale = K ** -0.5 * math.log2(math.e)
-    return ((-(-count // each) * N,), (count, S, scale),
-            {"T": T, "N": N, "K": K, "MAIN": MAIN, "TAIL": TAIL, "EVEN": even, "ROWS": ROWS})
+    return ((-(-count // each) * N,), (count, S, K ** -0.5 * math.log2(math.e)),
+            {"T": T, "N": N, "K": K, "MAIN": MAIN, "TAIL": TAIL, "ROWS": rows,
+             "EVEN": rows % T == 0 and count % each == 0, "num_warps": 8 if K > 160 else 4, "num_stages": 1})

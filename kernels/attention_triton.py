@@ -24,11 +24,17 @@ from kernels.tiles_triton import (add, heads_adjacent, inner, inner_rows, load, 
 
 LOG2_E = math.log2(math.e)
 ENOUGH = 528                           # programs that fill an H100 or H200: four for each of 132 multiprocessors
-WIDTHS = (48, 64, 96, 128, 192, 256)
-SIZES = {                              # BLOCK_L, BLOCK_M, warps, stages for heads up to each width; float32 apart
-    "forward": {False: [(64, 64, 4, 2)] * 6, True: [(32, 32, 4, 2)] * 6},
-    "d_queries": {False: [(64, 64, 4, 2)] * 6, True: [(32, 32, 4, 2)] * 6},
-    "d_keys": {False: [(64, 64, 4, 2)] * 6, True: [(32, 32, 4, 2)] * 6}}
+WIDTHS = (48, 64, 96, 128, 160, 256)   # heads up to each of these share a size
+SIZES = {                              # BLOCK_L, BLOCK_M, warps, stages; 16 bits wide, float32
+    "forward": {
+        False: [(64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2)],
+        True: [(32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)]},
+    "d_queries": {
+        False: [(64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (128, 32, 8, 2)],
+        True: [(32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 2)]},
+    "d_keys": {
+        False: [(64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2)],
+        True: [(32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)]}}
 
 
 @triton.jit
@@ -88,10 +94,10 @@ def d_queries(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, do_ptr,               # do (B
     tl.store(delta_ptr + (b * N + n) * L + rows, delta, mask=rows < L)
     if FIRST:
         one = tl.arange(0, 1)
-        k = load(k_ptr, one, one == 0, True, K, MAIN, TAIL)
-        v = load(v_ptr, one, one == 0, True, K, MAIN, TAIL)
-        p = tl.exp2(inner_rows(q, k) * scale - lse)
-        dq = outer(p * (inner_rows(do, v) - delta), k)
+        k_0 = load(k_ptr, one, one == 0, True, K, MAIN, TAIL)
+        v_0 = load(v_ptr, one, one == 0, True, K, MAIN, TAIL)
+        p_0 = tl.exp2(inner_rows(q, k_0) * scale - lse)
+        dq = outer(p_0 * (inner_rows(do, v_0) - delta), k_0)
     else:
         dq = zeros(BLOCK_L, MAIN, TAIL)
     for start in range(FIRST, M, BLOCK_M):
@@ -148,7 +154,7 @@ def tiles(kernel: str, L: int, M: int, K: int, dtype: torch.dtype) -> tuple[dict
     width = next(i for i, most in enumerate(WIDTHS) if K <= most)
     block_l, block_m, num_warps, num_stages = SIZES[kernel][dtype == torch.float32][width]
     block_m = min(block_m, max(16, triton.next_power_of_2(M)))
-    first = kernel != "d_keys" and M % block_m == 1
+    first = kernel != "d_keys" and K <= 128 and M % block_m == 1         # wider, no registers are left for it
     tile = {"BLOCK_L": block_l, "BLOCK_M": block_m, "EVEN_L": L % block_l == 0, "EVEN_M": (M - first) % block_m == 0}
     if kernel != "d_keys":
         tile["FIRST"] = int(first)
@@ -167,7 +173,7 @@ def shared(L: int, block_l: int, programs: int) -> tuple[int, int]:
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q (B, L, N, K), k and v (B, M, N, K) -> (B, L, N, K)"""
-    if q.shape == k.shape and q.shape[1] <= short.LONGEST:
+    if q.shape == k.shape and q.shape[1] <= short.longest(q):
         return short.attend(*(x.unsqueeze(2) for x in (q, k, v))).squeeze(2)
     return attend(q, k, v)[0]
 
@@ -175,7 +181,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
     """q, k, v (B*F, S, N, K) -> (B*F, S, N, K)"""
     q, k, v = (x.unflatten(0, (-1, frames)) for x in (q, k, v))          # (B, F, S, N, K)
-    if frames <= short.LONGEST:
+    if frames <= short.longest(q):
         return short.attend(q, k, v).flatten(0, 1)
     o = attention(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)))              # (B*S, F, N, K)
     return o.unflatten(0, (-1, q.shape[2])).transpose(1, 2).flatten(0, 1)

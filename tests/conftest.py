@@ -1,4 +1,9 @@
 """For every test."""
+import os
+
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")                       # before anything imports triton: kernels run on a CPU
 
 torch.set_num_threads(1)               # tiny tensors gain nothing from a second, and wait for it on a busy machine
