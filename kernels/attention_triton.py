@@ -184,7 +184,7 @@ def temporal_attention(q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
     if frames <= short.longest(q):
         return short.attend(q, k, v).flatten(0, 1)
     o = attention(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)))              # (B*S, F, N, K)
-    return o.unflatten(0, (-1, q.shape[2])).transpose(1, 2).flatten(0, 1)
+    return o.unflatten(0, (-1, q.shape[2])).transpose(1, 2).flatten(0, 1).contiguous()
 
 @torch.library.custom_op("nanodisco::attention", mutates_args=())
 def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import os
 import sys
 from functools import cache
 
+import torch
 from torch import Tensor
 
 MODES = ("auto", "triton", "torch")
@@ -31,6 +32,7 @@ def use_triton(x: Tensor, unfit: str = "") -> bool:
     return not reason
 
 
+@torch.compiler.assume_constant_result
 @cache
 def why_not(device: str, unfit: str) -> str:
     """Why the kernel cannot run on this kind of device; "" if it can. In mode auto each reason is printed, once."""

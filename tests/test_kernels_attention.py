@@ -5,6 +5,7 @@ limits is the interpreter's. Seeds are fresh; a failure prints its own, and NANO
 """
 import os
 import secrets
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -133,7 +134,7 @@ def test_plain_versions_are_the_formula():
         torch.testing.assert_close(ours(*qkv), wanted(*qkv))
 
 
-@pytest.mark.parametrize("L, M", [(40, 40), (40, 9), (8, 8)])
+@pytest.mark.parametrize("L, M", [(40, 40), (40, 3), (8, 8)])
 def test_scores_far_from_zero_do_not_overflow(L, M):
     q, k, v = inputs(1, L, M, 1, 8, torch.float32)
     q, k = ((x * 100).detach().requires_grad_() for x in (q, k))         # scores of tens of thousands
@@ -163,7 +164,7 @@ def test_any_layout_is_taken(L, M):
 
 
 def test_twice_is_the_same_bit_for_bit():
-    qkv = inputs(2, 300, 40, 1, 8, torch.float32)
+    qkv = inputs(1, 300, 20, 1, 8, torch.float32)
     runs = []
     for _ in range(2):
         o = attention_triton.attention(*qkv)
@@ -242,8 +243,9 @@ def versions(monkeypatch):
     """-> a function: mode, input's dtype and width -> "kernel" or "plain", for both operations"""
     monkeypatch.setattr(attention_triton, "attention", lambda q, k, v: "kernel")
     monkeypatch.setattr(attention_triton, "temporal_attention", lambda q, k, v, frames: "kernel")
-    monkeypatch.setattr("kernels.attention.attention_reference", lambda q, k, v: "plain")
-    monkeypatch.setattr("kernels.attention.temporal_attention_reference", lambda q, k, v, frames: "plain")
+    dispatch = sys.modules["kernels.attention"]                          # kernels.attention is the function of that name
+    monkeypatch.setattr(dispatch, "attention_reference", lambda q, k, v: "plain")
+    monkeypatch.setattr(dispatch, "temporal_attention_reference", lambda q, k, v, frames: "plain")
     backend.why_not.cache_clear()
 
     def run(mode: str, width: int = 8, dtype=torch.float32, device="cpu", rows: int = 1) -> str:
