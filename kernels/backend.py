@@ -15,6 +15,7 @@ from torch import Tensor
 
 MODES = ("auto", "triton", "torch")
 MODE = os.environ.get("NANODISCO_KERNELS", "auto")
+said = set()                           # reasons why plain PyTorch runs, each printed once
 
 
 def use_triton(x: Tensor, unfit: str = "") -> bool:
@@ -32,16 +33,17 @@ def use_triton(x: Tensor, unfit: str = "") -> bool:
     return not reason
 
 
-@torch.compiler.assume_constant_result
-@cache
+@torch.compiler.assume_constant_result                                   # torch.compile asks while it traces, never later
 def why_not(device: str, unfit: str) -> str:
     """Why the kernel cannot run on this kind of device; "" if it can. In mode auto each reason is printed, once."""
     reason = unfit or _reason(device)
-    if reason and MODE == "auto":
+    if reason and MODE == "auto" and reason not in said:
         print(f"kernels: plain PyTorch runs, {reason}", file=sys.stderr)
+        said.add(reason)
     return reason
 
 
+@cache
 def _reason(device: str) -> str:
     try:
         import triton                                                    # noqa: F401  slow, so only where it is wanted

@@ -246,7 +246,8 @@ def versions(monkeypatch):
     dispatch = sys.modules["kernels.attention"]                          # kernels.attention is the function of that name
     monkeypatch.setattr(dispatch, "attention_reference", lambda q, k, v: "plain")
     monkeypatch.setattr(dispatch, "temporal_attention_reference", lambda q, k, v, frames: "plain")
-    backend.why_not.cache_clear()
+    monkeypatch.setattr(backend, "said", set())
+    backend._reason.cache_clear()
 
     def run(mode: str, width: int = 8, dtype=torch.float32, device="cpu", rows: int = 1) -> str:
         monkeypatch.setattr(backend, "MODE", mode)
@@ -256,7 +257,7 @@ def versions(monkeypatch):
         return one
 
     yield run
-    backend.why_not.cache_clear()
+    backend._reason.cache_clear()
 
 
 def test_the_mode_chooses_the_version(versions, monkeypatch):
@@ -279,7 +280,7 @@ def test_a_demanded_kernel_that_cannot_run_is_an_error(versions, monkeypatch):
         versions("triton", 12)
     with pytest.raises(RuntimeError, match="float16, not float64"):
         versions("triton", dtype=torch.float64)
-    backend.why_not.cache_clear()
+    backend._reason.cache_clear()
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(RuntimeError, match="Triton has no cpu backend; TRITON_INTERPRET=1"):
         versions("triton")
@@ -293,7 +294,8 @@ def test_the_one_wide_head_and_empty_inputs_are_plain_in_every_mode(versions):
 def test_auto_falls_back_and_says_so_once(versions, monkeypatch, capsys):
     monkeypatch.setattr(backend, "MODE", "auto")
     on_gpu = SimpleNamespace(device=torch.device("cuda"))
-    monkeypatch.setattr(backend, "_reason", lambda device: "Triton cannot be imported (as a test)")
+    monkeypatch.setitem(sys.modules, "triton", None)                     # what makes an import fail
     assert not backend.use_triton(on_gpu) and not backend.use_triton(on_gpu)
-    assert capsys.readouterr().err == "kernels: plain PyTorch runs, Triton cannot be imported (as a test)\n"
+    said, = capsys.readouterr().err.splitlines()
+    assert said.startswith("kernels: plain PyTorch runs, Triton cannot be imported (") and "pip install triton" in said
     assert not backend.use_triton(on_gpu, "not for this") and capsys.readouterr().err.endswith("runs, not for this\n")
