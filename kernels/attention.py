@@ -13,8 +13,8 @@ The vector-Jacobian product, for the gradient dO of the output:
     delta_i = sum_j P_ij dP_ij = sum_k dO_ik O_ik
     dX = P (dP - delta)     dQ = dX K / sqrt(K)     dK = dX^T Q / sqrt(K)
 
-A kernel reads Q, K, V and writes O and LSE, B N (2 L K + 2 M K) numbers and B N L of float32; backward reads
-these and dO and writes dQ, dK, dV. P stays on the chip. The kernels take heads of 8, 16, ... 256 in float32,
+A kernel moves B N (2 L K + 2 M K) numbers, Q, K, V and O, and B N L of float32, LSE; backward reads these
+and dO, and writes dQ, dK, dV. P stays on the chip. The kernels take heads of 8, 16, ... 256 in float32,
 bfloat16 and float16; the VAE's one head of 512 is plain PyTorch's in every mode.
 """
 import torch

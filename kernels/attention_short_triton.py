@@ -18,7 +18,7 @@ from kernels.tiles_triton import add, heads_adjacent, inner, load, parts, scaled
 
 
 def longest(q: Tensor) -> int:
-    """Rows of a tile, and so the longest sequence: 64 are what Hopper's matrix product wants, and it has none for float32."""
+    """Rows of a tile, and so the longest sequence: what Hopper's matrix product wants, which has no float32."""
     return 16 if q.dtype == torch.float32 else 64
 
 
@@ -142,4 +142,5 @@ def cut(q: Tensor) -> tuple[tuple, tuple, dict]:
     MAIN, TAIL = parts(K)
     return ((-(-count // each) * N,), (count, S, K ** -0.5 * math.log2(math.e)),
             {"T": T, "N": N, "K": K, "MAIN": MAIN, "TAIL": TAIL, "ROWS": rows,
-             "EVEN": rows % T == 0 and count % each == 0, "num_warps": 8 if K > 160 else 4, "num_stages": 1})
+             "EVEN": rows % T == 0 and count % each == 0, "num_warps": 8 if K > 160 else 4, "num_stages": 1,
+             "enable_fp_fusion": True})

@@ -106,7 +106,7 @@ def d_queries(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, do_ptr,               # do (B
         v = load(v_ptr, keys * v_row, keys < M, EVEN_M, K, MAIN, TAIL)
         p = tl.exp2(inner(q, k) * scale - lse[:, None])
         if not EVEN_M:
-            p = tl.where((keys < M)[None, :], p, 0.0)                    # a row of zeros may have passed for the largest
+            p = tl.where((keys < M)[None, :], p, 0.0)                    # a key of zeros may score too high for exp
         ds = p * (inner(do, v) - delta[:, None])
         dq = add(dq, ds, k)
     store(dq_ptr + (b * L * N + n) * K, rows * (N * K), rows < L, dq, K, root)
@@ -150,7 +150,7 @@ def d_keys(q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, do_ptr,
 # ---- How the work is cut -------------------------------------------------------------------------
 
 def tiles(kernel: str, L: int, M: int, K: int, dtype: torch.dtype) -> tuple[dict, dict]:
-    """-> constants of the kernel, how it is launched. The largest tiles that fit into the registers, see the golden table."""
+    """-> constants of the kernel, how it is launched. Large tiles that spill no registers: see the golden table."""
     width = next(i for i, most in enumerate(WIDTHS) if K <= most)
     block_l, block_m, num_warps, num_stages = SIZES[kernel][dtype == torch.float32][width]
     block_m = min(block_m, max(16, triton.next_power_of_2(M)))
@@ -158,7 +158,7 @@ def tiles(kernel: str, L: int, M: int, K: int, dtype: torch.dtype) -> tuple[dict
     tile = {"BLOCK_L": block_l, "BLOCK_M": block_m, "EVEN_L": L % block_l == 0, "EVEN_M": (M - first) % block_m == 0}
     if kernel != "d_keys":
         tile["FIRST"] = int(first)
-    return tile, {"num_warps": num_warps, "num_stages": num_stages}
+    return tile, {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
 
 
 def shared(L: int, block_l: int, programs: int) -> tuple[int, int]:
@@ -170,21 +170,6 @@ def shared(L: int, block_l: int, programs: int) -> tuple[int, int]:
 
 
 # ---- Operations ----------------------------------------------------------------------------------
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q (B, L, N, K), k and v (B, M, N, K) -> (B, L, N, K)"""
-    if q.shape == k.shape and q.shape[1] <= short.longest(q):
-        return short.attend(*(x.unsqueeze(2) for x in (q, k, v))).squeeze(2)
-    return attend(q, k, v)[0]
-
-
-def temporal_attention(q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
-    """q, k, v (B*F, S, N, K) -> (B*F, S, N, K)"""
-    q, k, v = (x.unflatten(0, (-1, frames)) for x in (q, k, v))          # (B, F, S, N, K)
-    if frames <= short.longest(q):
-        return short.attend(q, k, v).flatten(0, 1)
-    o = attention(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)))              # (B*S, F, N, K)
-    return o.unflatten(0, (-1, q.shape[2])).transpose(1, 2).flatten(0, 1).contiguous()
 
 @torch.library.custom_op("nanodisco::attention", mutates_args=())
 def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,3 +228,19 @@ def _backward(ctx, do, _):
 
 
 attend.register_autograd(_backward, setup_context=_keep)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q (B, L, N, K), k and v (B, M, N, K) -> (B, L, N, K)"""
+    if q.shape == k.shape and q.shape[1] <= short.longest(q):
+        return short.attend(*(x.unsqueeze(2) for x in (q, k, v))).squeeze(2)
+    return attend(q, k, v)[0]
+
+
+def temporal_attention(q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
+    """q, k, v (B*F, S, N, K) -> (B*F, S, N, K)"""
+    q, k, v = (x.unflatten(0, (-1, frames)) for x in (q, k, v))          # (B, F, S, N, K)
+    if frames <= short.longest(q):
+        return short.attend(q, k, v).flatten(0, 1)
+    o = attention(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)))              # (B*S, F, N, K)
+    return o.unflatten(0, (-1, q.shape[2])).transpose(1, 2).flatten(0, 1).contiguous()

@@ -33,7 +33,7 @@ def use_triton(x: Tensor, unfit: str = "") -> bool:
     return not reason
 
 
-@torch.compiler.assume_constant_result                                   # torch.compile asks while it traces, never later
+@torch.compiler.assume_constant_result # asked while torch.compile traces, never later
 def why_not(device: str, unfit: str) -> str:
     """Why the kernel cannot run on this kind of device; "" if it can. In mode auto each reason is printed, once."""
     reason = unfit or _reason(device)

@@ -47,7 +47,7 @@ def place(blocks, N: tl.constexpr):
 
 @triton.jit
 def load(pointer, offsets, inside, EVEN: tl.constexpr, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
-    """The rows that start at `offsets`; zeros for those not `inside`, which EVEN says are none.   -> (R, MAIN), (R, TAIL)"""
+    """The rows that start at `offsets`, zeros where not `inside`; EVEN: all are.   -> (R, MAIN), (R, TAIL)"""
     main = _load_part(pointer, offsets, inside, EVEN, K, 0, MAIN)
     if TAIL == 0:
         return (main,)

@@ -99,11 +99,11 @@ def assert_is(ours, wanted, *qkv: Tensor) -> None:
     exact = [x.detach().double().cpu().requires_grad_() for x in qkv]
     o, o_exact = ours(*qkv), wanted(*exact)
     do = torch.randn(o.shape).to(o)
-    gradients = torch.autograd.grad(o, qkv, do), torch.autograd.grad(o_exact, exact, do.double().cpu())
+    got = o, *torch.autograd.grad(o, qkv, do)
+    exact = o_exact, *torch.autograd.grad(o_exact, exact, do.double().cpu())
     assert o.is_contiguous() and o.dtype == qkv[0].dtype
-    errors = {name: error(a, b) for name, a, b in zip("o dq dk dv".split(), (o, *gradients[0]), (o_exact, *gradients[1]))}
-    print(errors)
-    assert all(e <= LIMITS[o.dtype] for e in errors.values()), errors    # of NaN, too
+    errors = {name: error(*pair) for name, *pair in zip(("o", "dq", "dk", "dv"), got, exact)}
+    assert all(e <= LIMITS[o.dtype] for e in errors.values()), errors    # a NaN is not
 
 
 # ---- Numbers -------------------------------------------------------------------------------------
@@ -125,6 +125,10 @@ def test_temporal_attention_is_the_formula_at_each_place(B, F, S, N, K, dtype):
 @pytest.mark.parametrize("B, L, N, K", PICTURES.values(), ids=PICTURES)
 def test_small_pictures_attend_to_themselves(B, L, N, K, dtype):
     assert_is(attention_triton.attention, formula, *packed(B, L, 3, N, K, dtype))
+
+
+def test_queries_may_lie_otherwise_than_keys_and_values():
+    assert_is(attention_triton.attention, formula, *inputs(2, 12, 12, 2, 8, torch.float32))
 
 
 def test_plain_versions_are_the_formula():
@@ -179,14 +183,16 @@ def test_memory_for_outputs_is_full_of_nan_here():
 
 # ---- Tiles ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("K, main, tail", [(8, 16, 0), (16, 16, 0), (24, 32, 0), (40, 32, 16), (64, 64, 0), (72, 64, 16),
-                                           (80, 64, 16), (96, 64, 32), (120, 128, 0), (160, 128, 32), (256, 256, 0)])
+@pytest.mark.parametrize("K, main, tail", [
+    (8, 16, 0), (16, 16, 0), (24, 32, 0), (40, 32, 16), (64, 64, 0), (72, 64, 16), (80, 64, 16), (96, 64, 32),
+    (120, 128, 0), (160, 128, 32), (256, 256, 0)])
 def test_a_width_is_cut_where_that_saves_work(K, main, tail):
     from kernels.tiles_triton import parts
     assert parts(K) == (main, tail)
 
 
-@pytest.mark.parametrize("L, block, programs", [(16384, 64, 80), (1024, 64, 1280), (70, 64, 1), (4096, 32, 3), (530, 64, 1)])
+@pytest.mark.parametrize("L, block, programs", [
+    (16384, 64, 80), (1024, 64, 1280), (70, 64, 1), (4096, 32, 3), (530, 64, 1)])
 def test_shares_of_the_queries_cover_all_of_them_once(L, block, programs):
     share, shares = attention_triton.shared(L, block, programs)
     assert share % block == 0 and share * (shares - 1) < L <= share * shares
@@ -211,8 +217,8 @@ def test_compiled_in_one_graph_with_its_gradients(M, monkeypatch):
     monkeypatch.setattr(backend, "MODE", "triton")
     q, k, v = inputs(1, 9, M, 1, 8, torch.float32)
     compiled = torch.compile(kernels.attention, backend="aot_eager", fullgraph=True)
-    for a, b in zip(*(torch.autograd.grad(f(q, k, v).square().sum(), (q, k, v)) for f in (compiled, kernels.attention))):
-        torch.testing.assert_close(a, b)
+    gradients = [torch.autograd.grad(f(q, k, v).square().sum(), (q, k, v)) for f in (compiled, kernels.attention)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_autocast_computes_in_its_dtype(monkeypatch):
@@ -243,7 +249,7 @@ def versions(monkeypatch):
     """-> a function: mode, input's dtype and width -> "kernel" or "plain", for both operations"""
     monkeypatch.setattr(attention_triton, "attention", lambda q, k, v: "kernel")
     monkeypatch.setattr(attention_triton, "temporal_attention", lambda q, k, v, frames: "kernel")
-    dispatch = sys.modules["kernels.attention"]                          # kernels.attention is the function of that name
+    dispatch = sys.modules["kernels.attention"]                          # which kernels.attention, a function, hides
     monkeypatch.setattr(dispatch, "attention_reference", lambda q, k, v: "plain")
     monkeypatch.setattr(dispatch, "temporal_attention_reference", lambda q, k, v, frames: "plain")
     monkeypatch.setattr(backend, "said", set())

@@ -19,7 +19,8 @@ def table(tmp_path_factory):
     """Compiled anew, in a process without the interpreter."""
     given = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     given |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": str(TESTS.parent)}
-    ran = subprocess.run([sys.executable, TESTS / "compile_kernels.py", "--json"], env=given, capture_output=True, text=True)
+    command = [sys.executable, TESTS / "compile_kernels.py", "--json"]
+    ran = subprocess.run(command, env=given, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]
     return json.loads(ran.stdout)["kernels"]
 
