@@ -10,33 +10,40 @@ import os
 import sys
 from functools import cache
 
+import torch
 from torch import Tensor
 
 MODES = ("auto", "triton", "torch")
 MODE = os.environ.get("NANODISCO_KERNELS", "auto")
+said = set()                           # reasons why plain PyTorch runs, each printed once
 
 
-def use_triton(x: Tensor) -> bool:
-    """Whether the kernel is to run on this tensor. RuntimeError where it was demanded and cannot."""
+def use_triton(x: Tensor, unfit: str = "") -> bool:
+    """Whether the kernel is to run on this tensor. RuntimeError where it was demanded and cannot.
+
+    unfit: why this operation's kernel is not for this input; "" if it is.
+    """
     if MODE not in MODES:
         raise RuntimeError(f"NANODISCO_KERNELS is {MODE!r}; expected one of {', '.join(MODES)}")
     if MODE == "torch" or MODE == "auto" and x.device.type != "cuda":
         return False
-    reason = why_not(x.device.type)
+    reason = why_not(x.device.type, unfit)
     if reason and MODE == "triton":
         raise RuntimeError(f"NANODISCO_KERNELS=triton, but {reason}")
     return not reason
 
 
-@cache
-def why_not(device: str) -> str:
-    """Why kernels cannot run on this kind of device; "" if they can. In mode auto the reason is printed, once."""
-    reason = _reason(device)
-    if reason and MODE == "auto":
+@torch.compiler.assume_constant_result # asked while torch.compile traces, never later
+def why_not(device: str, unfit: str) -> str:
+    """Why the kernel cannot run on this kind of device; "" if it can. In mode auto each reason is printed, once."""
+    reason = unfit or _reason(device)
+    if reason and MODE == "auto" and reason not in said:
         print(f"kernels: plain PyTorch runs, {reason}", file=sys.stderr)
+        said.add(reason)
     return reason
 
 
+@cache
 def _reason(device: str) -> str:
     try:
         import triton                                                    # noqa: F401  slow, so only where it is wanted

@@ -1,0 +1,146 @@
+"""The tiles of softmax attention within many short sequences: along frames, or of 64 pixels and fewer.
+
+A matrix product wants 64 rows, and a clip has 16 frames: so one tile holds as many whole sequences as fit,
+and the scores of different sequences are masked. All of a sequence is there at once: no running maximum,
+nothing kept from forward to backward but Q, K, V, and one program makes dQ, dK and dV together.
+
+Shapes: clips B, tokens T of a sequence, places S of a clip, heads N, width K. The layout is (B, T, S, N, K),
+where the sequences of a video lie already: frames are T, pixels are S. Of one picture, pixels are T and S = 1.
+"""
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.tiles_triton import add, heads_adjacent, inner, load, parts, scaled, store, strides, zeros
+
+
+def longest(q: Tensor) -> int:
+    """Rows of a tile, and so the longest sequence: what Hopper's matrix product wants, which has no float32."""
+    return 16 if q.dtype == torch.float32 else 64
+
+
+@triton.jit
+def whole_sequences(count, S, T: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr):
+    """This program's rows and head. -> each row's sequence within the tile, clip, place, token, is it one; head
+
+    Neighbours share rows: a row of all heads is read from memory once.
+    """
+    row = tl.arange(0, ROWS)
+    own = row // T
+    sequence = tl.program_id(0) // N * (ROWS // T) + own
+    inside = (own < ROWS // T) & (sequence < count)
+    return own, (sequence // S).to(tl.int64), sequence % S, row % T, inside, tl.program_id(0) % N
+
+
+@triton.jit
+def weights(q, k, own, scale, T: tl.constexpr):
+    """exp of each row's scores less their largest, zero where the key is of another sequence; and their sum."""
+    x = inner(q, k) * scale
+    if T < x.shape[0]:
+        x = tl.where(own[:, None] == own[None, :], x, float("-inf"))
+    p = tl.exp2(x - tl.max(x, 1)[:, None])
+    return p, tl.sum(p, 1)
+
+
+@triton.jit
+def forward(q_ptr, k_ptr, v_ptr, o_ptr,                                  # (B, T, S, N, K)
+            clip_stride, token_stride, place_stride, count, S, scale,
+            T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+            EVEN: tl.constexpr, ROWS: tl.constexpr):
+    own, clip, place, token, inside, n = whole_sequences(count, S, T, N, ROWS)
+    at = clip * clip_stride + token * token_stride + place * place_stride + n * K
+    q = load(q_ptr, at, inside, EVEN, K, MAIN, TAIL)
+    k = load(k_ptr, at, inside, EVEN, K, MAIN, TAIL)
+    v = load(v_ptr, at, inside, EVEN, K, MAIN, TAIL)
+    p, total = weights(q, k, own, scale, T)
+    o = scaled(add(zeros(ROWS, MAIN, TAIL), p, v), 1 / total)
+    store(o_ptr, (((clip * T + token) * S + place) * N + n) * K, inside, o, K)
+
+
+@triton.jit
+def backward(q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr,        # (B, T, S, N, K)
+             clip_stride, token_stride, place_stride, do_clip, do_token, do_place, count, S, scale, root,
+             T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+             EVEN: tl.constexpr, ROWS: tl.constexpr):
+    own, clip, place, token, inside, n = whole_sequences(count, S, T, N, ROWS)
+    at = clip * clip_stride + token * token_stride + place * place_stride + n * K
+    do_at = clip * do_clip + token * do_token + place * do_place + n * K
+    into = (((clip * T + token) * S + place) * N + n) * K
+    q = load(q_ptr, at, inside, EVEN, K, MAIN, TAIL)
+    k = load(k_ptr, at, inside, EVEN, K, MAIN, TAIL)
+    v = load(v_ptr, at, inside, EVEN, K, MAIN, TAIL)
+    do = load(do_ptr, do_at, inside, EVEN, K, MAIN, TAIL)
+    p, total = weights(q, k, own, scale, T)
+    p = p / total[:, None]
+    nothing = zeros(ROWS, MAIN, TAIL)
+    store(dv_ptr, into, inside, add(nothing, tl.trans(p), do), K)
+    dp = inner(do, v)
+    ds = p * (dp - tl.sum(p * dp, 1)[:, None])
+    store(dq_ptr, into, inside, add(nothing, ds, k), K, root)
+    store(dk_ptr, into, inside, add(nothing, tl.trans(ds), q), K, root)
+
+
+# ---- Operation -----------------------------------------------------------------------------------
+
+@torch.library.custom_op("nanodisco::short_attention", mutates_args=())
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each of the B*S sequences attends to itself.   3 x (B, T, S, N, K) -> (B, T, S, N, K)"""
+    q, k, v = alike(q, k, v)
+    grid, sizes, constants = cut(q)
+    o = q.new_empty(q.shape)
+    with torch.cuda.device_of(q):
+        forward[grid](q, k, v, o, *strides(q), *sizes, **constants)
+    return o
+
+
+@attend.register_fake
+def _(q, k, v):
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("nanodisco::short_attention_backward", mutates_args=())
+def attend_backward(q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dQ, dK, dV"""
+    (q, k, v), do = alike(q, k, v), heads_adjacent(do)
+    grid, sizes, constants = cut(q)
+    dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
+    with torch.cuda.device_of(q):
+        backward[grid](q, k, v, do, dq, dk, dv, *strides(q), *strides(do), *sizes, q.shape[-1] ** -0.5, **constants)
+    return dq, dk, dv
+
+
+@attend_backward.register_fake
+def _(q, k, v, do):
+    return tuple(q.new_empty(q.shape) for _ in range(3))
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, do):
+    return attend_backward(*ctx.saved_tensors, do)
+
+
+attend.register_autograd(_backward, setup_context=_keep)
+
+
+def alike(*xs: Tensor) -> tuple[Tensor, ...]:
+    """Inputs with the same strides, as of one packed product; else copies that have them."""
+    xs = tuple(heads_adjacent(x) for x in xs)
+    return xs if len({strides(x) for x in xs}) == 1 else tuple(x.contiguous() for x in xs)
+
+
+def cut(q: Tensor) -> tuple[tuple, tuple, dict]:
+    """-> grid, sizes, constants and launch of the kernels"""
+    B, T, S, N, K = q.shape
+    count, rows = B * S, longest(q)
+    each = rows // T                                                     # sequences of a tile
+    MAIN, TAIL = parts(K)
+    return ((-(-count // each) * N,), (count, S, K ** -0.5 * math.log2(math.e)),
+            {"T": T, "N": N, "K": K, "MAIN": MAIN, "TAIL": TAIL, "ROWS": rows,
+             "EVEN": rows % T == 0 and count % each == 0, "num_warps": 8 if K > 160 else 4, "num_stages": 1,
+             "enable_fp_fusion": True})

@@ -1,0 +1,246 @@
+"""The tiles of softmax attention over long sequences. See attention.py for the mathematics.
+
+A program has a block of queries and walks over the keys (forward, dQ), or a block of keys and walks over
+the queries (dK, dV). No two programs write the same number, so results repeat bit for bit.
+
+    forward      running maximum m and sum l, in the letters of FlashAttention (arXiv:2205.14135, algorithm 1)
+    d_queries    dQ, and delta on the way
+    d_keys       dK and dV, in the transposed score space; with few keys and many queries several programs
+                 share a block of keys: each writes its part, in float32, and a second pass sums the parts
+
+exp(x) is exp2(x log2(e)): the scale and log2(e) are one factor, and LSE is kept in base 2. With 257 keys
+(CLIP's) the running softmax starts from key 0, which leaves 256: four even blocks instead of five.
+"""
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import attention_short_triton as short
+from kernels.tiles_triton import (add, heads_adjacent, inner, inner_rows, load, outer, parts, place, scaled, store,
+                                  strides, zeros)
+
+LOG2_E = math.log2(math.e)
+ENOUGH = 528                           # programs that fill an H100 or H200: four for each of 132 multiprocessors
+WIDTHS = (48, 64, 96, 128, 160, 256)   # heads up to each of these share a size
+SIZES = {                              # BLOCK_L, BLOCK_M, warps, stages; 16 bits wide, float32
+    "forward": {
+        False: [(64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2)],
+        True: [(32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)]},
+    "d_queries": {
+        False: [(64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (128, 32, 8, 2)],
+        True: [(32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 2)]},
+    "d_keys": {
+        False: [(64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2)],
+        True: [(32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)]}}
+
+
+@triton.jit
+def forward(q_ptr, k_ptr, v_ptr,                                         # (B, L, N, K), 2 x (B, M, N, K)
+            o_ptr, lse_ptr,                                              # (B, L, N, K), (B, N, L)
+            q_batch, q_row, k_batch, k_row, v_batch, v_row, L, M, scale,
+            N: tl.constexpr, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+            BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, EVEN_L: tl.constexpr, EVEN_M: tl.constexpr,
+            FIRST: tl.constexpr):
+    block, n, b = place(tl.cdiv(L, BLOCK_L), N)
+    k_ptr += b * k_batch + n * K
+    v_ptr += b * v_batch + n * K
+    rows = block * BLOCK_L + tl.arange(0, BLOCK_L)
+    q = load(q_ptr + b * q_batch + n * K, rows * q_row, rows < L, EVEN_L, K, MAIN, TAIL)
+    if FIRST:
+        one = tl.arange(0, 1)
+        m = inner_rows(q, load(k_ptr, one, one == 0, True, K, MAIN, TAIL)) * scale
+        l = tl.full((BLOCK_L,), 1.0, tl.float32)
+        acc = outer(l, load(v_ptr, one, one == 0, True, K, MAIN, TAIL))
+    else:
+        m = tl.full((BLOCK_L,), float("-inf"), tl.float32)
+        l = tl.zeros((BLOCK_L,), tl.float32)
+        acc = zeros(BLOCK_L, MAIN, TAIL)
+    for start in range(FIRST, M, BLOCK_M):
+        keys = start + tl.arange(0, BLOCK_M)
+        k = load(k_ptr, keys * k_row, keys < M, EVEN_M, K, MAIN, TAIL)
+        v = load(v_ptr, keys * v_row, keys < M, EVEN_M, K, MAIN, TAIL)
+        x = inner(q, k) * scale
+        if not EVEN_M:
+            x = tl.where((keys < M)[None, :], x, float("-inf"))
+        m_new = tl.maximum(m, tl.max(x, 1))
+        alpha = tl.exp2(m - m_new)
+        p = tl.exp2(x - m_new[:, None])
+        l = l * alpha + tl.sum(p, 1)
+        acc = add(scaled(acc, alpha), p, v)
+        m = m_new
+    store(o_ptr + (b * L * N + n) * K, rows * (N * K), rows < L, scaled(acc, 1 / l), K)
+    tl.store(lse_ptr + (b * N + n) * L + rows, m + tl.log2(l), mask=rows < L)
+
+
+@triton.jit
+def d_queries(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, do_ptr,               # do (B, L, N, K)
+              dq_ptr, delta_ptr,                                         # (B, L, N, K), (B, N, L)
+              q_batch, q_row, k_batch, k_row, v_batch, v_row, do_batch, do_row, L, M, scale, root,
+              N: tl.constexpr, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+              BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, EVEN_L: tl.constexpr, EVEN_M: tl.constexpr,
+              FIRST: tl.constexpr):
+    block, n, b = place(tl.cdiv(L, BLOCK_L), N)
+    k_ptr += b * k_batch + n * K
+    v_ptr += b * v_batch + n * K
+    rows = block * BLOCK_L + tl.arange(0, BLOCK_L)
+    q = load(q_ptr + b * q_batch + n * K, rows * q_row, rows < L, EVEN_L, K, MAIN, TAIL)
+    do = load(do_ptr + b * do_batch + n * K, rows * do_row, rows < L, EVEN_L, K, MAIN, TAIL)
+    o = load(o_ptr + (b * L * N + n) * K, rows * (N * K), rows < L, EVEN_L, K, MAIN, TAIL)
+    lse = tl.load(lse_ptr + (b * N + n) * L + rows, mask=rows < L, other=0.0)
+    delta = inner_rows(do, o)
+    tl.store(delta_ptr + (b * N + n) * L + rows, delta, mask=rows < L)
+    if FIRST:
+        one = tl.arange(0, 1)
+        k_0 = load(k_ptr, one, one == 0, True, K, MAIN, TAIL)
+        v_0 = load(v_ptr, one, one == 0, True, K, MAIN, TAIL)
+        p_0 = tl.exp2(inner_rows(q, k_0) * scale - lse)
+        dq = outer(p_0 * (inner_rows(do, v_0) - delta), k_0)
+    else:
+        dq = zeros(BLOCK_L, MAIN, TAIL)
+    for start in range(FIRST, M, BLOCK_M):
+        keys = start + tl.arange(0, BLOCK_M)
+        k = load(k_ptr, keys * k_row, keys < M, EVEN_M, K, MAIN, TAIL)
+        v = load(v_ptr, keys * v_row, keys < M, EVEN_M, K, MAIN, TAIL)
+        p = tl.exp2(inner(q, k) * scale - lse[:, None])
+        if not EVEN_M:
+            p = tl.where((keys < M)[None, :], p, 0.0)                    # a key of zeros may score too high for exp
+        ds = p * (inner(do, v) - delta[:, None])
+        dq = add(dq, ds, k)
+    store(dq_ptr + (b * L * N + n) * K, rows * (N * K), rows < L, dq, K, root)
+
+
+@triton.jit
+def d_keys(q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, do_ptr,
+           dk_ptr, dv_ptr,                                               # 2 x (SHARES, B, M, N, K)
+           q_batch, q_row, k_batch, k_row, v_batch, v_row, do_batch, do_row, B, L, M, share, scale, root,
+           N: tl.constexpr, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+           BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, EVEN_L: tl.constexpr, EVEN_M: tl.constexpr):
+    block, n, b = place(tl.cdiv(M, BLOCK_M), N)
+    part = tl.program_id(1)                                              # of the queries: `share` of them
+    q_ptr += b * q_batch + n * K
+    do_ptr += b * do_batch + n * K
+    lse_ptr += (b * N + n) * L
+    delta_ptr += (b * N + n) * L
+    keys = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = load(k_ptr + b * k_batch + n * K, keys * k_row, keys < M, EVEN_M, K, MAIN, TAIL)
+    v = load(v_ptr + b * v_batch + n * K, keys * v_row, keys < M, EVEN_M, K, MAIN, TAIL)
+    dk = zeros(BLOCK_M, MAIN, TAIL)
+    dv = zeros(BLOCK_M, MAIN, TAIL)
+    for start in range(part * share, tl.minimum(part * share + share, L), BLOCK_L):
+        rows = start + tl.arange(0, BLOCK_L)                             # beyond the last all is zero, and adds nothing
+        q = load(q_ptr, rows * q_row, rows < L, EVEN_L, K, MAIN, TAIL)
+        do = load(do_ptr, rows * do_row, rows < L, EVEN_L, K, MAIN, TAIL)
+        if EVEN_L:
+            lse, delta = tl.load(lse_ptr + rows), tl.load(delta_ptr + rows)
+        else:
+            lse = tl.load(lse_ptr + rows, mask=rows < L, other=0.0)
+            delta = tl.load(delta_ptr + rows, mask=rows < L, other=0.0)
+        p = tl.exp2(inner(k, q) * scale - lse[None, :])                  # (BLOCK_M, BLOCK_L): P^T
+        dv = add(dv, p, do)
+        ds = p * (inner(v, do) - delta[None, :])
+        dk = add(dk, ds, q)
+    into = ((part * B + b) * M * N + n) * K
+    store(dk_ptr + into, keys * (N * K), keys < M, dk, K, root)
+    store(dv_ptr + into, keys * (N * K), keys < M, dv, K)
+
+
+# ---- How the work is cut -------------------------------------------------------------------------
+
+def tiles(kernel: str, L: int, M: int, K: int, dtype: torch.dtype) -> tuple[dict, dict]:
+    """-> constants of the kernel, how it is launched. Large tiles that spill no registers: see the golden table."""
+    width = next(i for i, most in enumerate(WIDTHS) if K <= most)
+    block_l, block_m, num_warps, num_stages = SIZES[kernel][dtype == torch.float32][width]
+    block_m = min(block_m, max(16, triton.next_power_of_2(M)))
+    first = kernel != "d_keys" and K <= 128 and M % block_m == 1         # wider, no registers are left for it
+    tile = {"BLOCK_L": block_l, "BLOCK_M": block_m, "EVEN_L": L % block_l == 0, "EVEN_M": (M - first) % block_m == 0}
+    if kernel != "d_keys":
+        tile["FIRST"] = int(first)
+    return tile, {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+
+
+def shared(L: int, block_l: int, programs: int) -> tuple[int, int]:
+    """Queries cut into shares when there are too few programs for the GPU. -> queries of a share, shares"""
+    blocks = -(-L // block_l)
+    shares = max(1, min(ENOUGH // programs, blocks // 4))
+    share = -(-blocks // shares) * block_l
+    return share, -(-L // share)
+
+
+# ---- Operations ----------------------------------------------------------------------------------
+
+@torch.library.custom_op("nanodisco::attention", mutates_args=())
+def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """q (B, L, N, K), k and v (B, M, N, K) -> o (B, L, N, K), LSE (B, N, L) in base 2"""
+    q, k, v = (heads_adjacent(x) for x in (q, k, v))
+    (B, L, N, K), M = q.shape, k.shape[1]
+    o, lse = q.new_empty(B, L, N, K), q.new_empty(B, N, L, dtype=torch.float32)
+    tile, launch = tiles("forward", L, M, K, q.dtype)
+    with torch.cuda.device_of(q):
+        forward[(-(-L // tile["BLOCK_L"]) * B * N,)](
+            q, k, v, o, lse, *strides(q), *strides(k), *strides(v), L, M, K ** -0.5 * LOG2_E,
+            N, K, *parts(K), **tile, **launch)
+    return o, lse
+
+
+@attend.register_fake
+def _(q, k, v):
+    return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("nanodisco::attention_backward", mutates_args=())
+def attend_backward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+                    do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dQ, dK, dV"""
+    q, k, v, do = (heads_adjacent(x) for x in (q, k, v, do))
+    (B, L, N, K), M = q.shape, k.shape[1]
+    given = (*strides(q), *strides(k), *strides(v), *strides(do))
+    scale, root = K ** -0.5 * LOG2_E, K ** -0.5
+    dq, delta = torch.empty_like(o), torch.empty_like(lse)
+    with torch.cuda.device_of(q):
+        tile, launch = tiles("d_queries", L, M, K, q.dtype)
+        d_queries[(-(-L // tile["BLOCK_L"]) * B * N,)](
+            q, k, v, o, lse, do, dq, delta, *given, L, M, scale, root, N, K, *parts(K), **tile, **launch)
+        tile, launch = tiles("d_keys", L, M, K, q.dtype)
+        blocks = -(-M // tile["BLOCK_M"]) * B * N
+        share, shares = shared(L, tile["BLOCK_L"], blocks)
+        dtype = torch.float32 if shares > 1 else q.dtype
+        dk, dv = (q.new_empty(shares, B, M, N, K, dtype=dtype) for _ in range(2))
+        d_keys[(blocks, shares)](
+            q, k, v, lse, delta, do, dk, dv, *given, B, L, M, share, scale, root, N, K, *parts(K), **tile, **launch)
+    return dq, *(x.sum(0).to(q.dtype) if shares > 1 else x[0] for x in (dk, dv))
+
+
+@attend_backward.register_fake
+def _(q, k, v, o, lse, do):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output)
+    ctx.set_materialize_grads(False)                                     # nobody differentiates LSE
+
+
+def _backward(ctx, do, _):
+    return attend_backward(*ctx.saved_tensors, do)
+
+
+attend.register_autograd(_backward, setup_context=_keep)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q (B, L, N, K), k and v (B, M, N, K) -> (B, L, N, K)"""
+    if q.shape == k.shape and q.shape[1] <= short.longest(q):
+        return short.attend(*(x.unsqueeze(2) for x in (q, k, v))).squeeze(2)
+    return attend(q, k, v)[0]
+
+
+def temporal_attention(q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
+    """q, k, v (B*F, S, N, K) -> (B*F, S, N, K)"""
+    q, k, v = (x.unflatten(0, (-1, frames)) for x in (q, k, v))          # (B, F, S, N, K)
+    if frames <= short.longest(q):
+        return short.attend(q, k, v).flatten(0, 1)
+    o = attention(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)))              # (B*S, F, N, K)
+    return o.unflatten(0, (-1, q.shape[2])).transpose(1, 2).flatten(0, 1).contiguous()

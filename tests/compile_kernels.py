@@ -1,0 +1,147 @@
+"""Compile every kernel for an H100 without one, and count what the machine code says.
+
+    python tests/compile_kernels.py                the table
+    python tests/compile_kernels.py d40            rows with this in their name
+    python tests/compile_kernels.py --write        into tests/golden/kernels/sm90.json; --json: as that, to stdout
+
+Operations are called as a model calls them, on memory that is never touched, and each launch of a kernel
+is compiled instead, with the tiles, the constants and the alignment it would be launched with. A process
+of its own, without TRITON_INTERPRET: interpreted kernels cannot be compiled.
+"""
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from kernels import attention_triton
+
+GOLDEN = Path(__file__).parent / "golden" / "kernels" / "sm90.json"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+# ---- Rows: name, call ------------------------------------------------------------------------------
+
+def packed(B: int, L: int, N: int, K: int, dtype=BF16):
+    return torch.empty(B, L, 3, N, K, dtype=dtype).unbind(2)
+
+
+def crossed(B: int, L: int, M: int, N: int, K: int, dtype=BF16):
+    return torch.empty(B, L, N, K, dtype=dtype), *torch.empty(B, M, 2, N, K, dtype=dtype).unbind(2)
+
+
+def attention(q, k, v):
+    differentiated(attention_triton.attention, q, k, v)
+
+
+def temporal(frames, q, k, v):
+    differentiated(lambda *qkv: attention_triton.temporal_attention(*qkv, frames), q, k, v)
+
+
+def differentiated(function, *inputs):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    o = function(*inputs)
+    torch.autograd.grad(o, inputs, torch.empty_like(o))
+
+
+ROWS = [
+    ("self d40 1024", lambda: attention(*packed(32, 1024, 8, 40))),
+    ("self d80 256", lambda: attention(*packed(32, 256, 8, 80))),
+    ("self d160 64", lambda: attention(*packed(32, 64, 8, 160))),
+    ("self d160 256", lambda: attention(*packed(32, 256, 8, 160))),
+    ("cross d40 1024x257", lambda: attention(*crossed(32, 1024, 257, 8, 40))),
+    ("cross d80 256x257", lambda: attention(*crossed(32, 256, 257, 8, 80))),
+    ("cross d160 64x257", lambda: attention(*crossed(32, 64, 257, 8, 160))),
+    ("temporal d40 16", lambda: temporal(16, *packed(32, 1024, 8, 40))),
+    ("temporal d80 16", lambda: temporal(16, *packed(32, 256, 8, 80))),
+    ("temporal d160 16", lambda: temporal(16, *packed(32, 64, 8, 160))),
+    ("self d40 1024 float16", lambda: attention(*packed(32, 1024, 8, 40, FP16))),
+    ("self d40 1024 float32", lambda: attention(*packed(2, 1024, 8, 40, FP32))),
+]
+
+
+# ---- From a launch to its counts -------------------------------------------------------------------
+
+def launches(call) -> list[tuple]:
+    """-> [(kernel, its arguments, its options)] of what the call would launch"""
+    seen, run = [], JITFunction.run
+
+    def note(kernel, *args, grid, warmup, **given):
+        given |= dict(zip(kernel.arg_names, args))
+        seen.append((kernel, {name: given.pop(name) for name in kernel.arg_names}, given))
+
+    JITFunction.run = note
+    try:
+        call()
+    finally:
+        JITFunction.run = run
+    return seen
+
+
+def source(kernel, arguments: dict) -> ASTSource:
+    """Types, constants and multiples of 16, as Triton itself finds them at a launch."""
+    types, constants, aligned = {}, {}, {}
+    for i, (name, x) in enumerate(arguments.items()):
+        if kernel.params[i].is_constexpr or isinstance(x, int) and x == 1:
+            types[name], constants[name] = "constexpr", x
+        elif isinstance(x, torch.Tensor):
+            types[name] = POINTERS[x.dtype]
+            if x.storage_offset() * x.element_size() % 16 == 0:          # from an aligned start: a GPU's allocator's
+                aligned[(i,)] = [["tt.divisibility", 16]]
+        else:
+            types[name] = "fp32" if isinstance(x, float) else "i32" if abs(x) < 2 ** 31 else "i64"
+            if isinstance(x, int) and x % 16 == 0:
+                aligned[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, types, constexprs=constants, attrs=aligned)
+
+
+def counts(kernel, arguments: dict, options: dict) -> dict[str, int]:
+    compiled = triton.compile(source(kernel, arguments), target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        usage, sass = (subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
+                       for flag in ("-res-usage", "-sass"))
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    return {"warps": options["num_warps"], "registers": registers, "stack": stack, "shared": compiled.metadata.shared,
+            "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)), "HGMMA": len(re.findall(r"\bHGMMA\b", sass)),
+            "narrow loads": len(re.findall(r"\bLDG\.E\.(?:U|S)(?:8|16)\b", sass)),
+            "16-byte loads": len(re.findall(r"\bLDG(?:STS)?\.E\.(?:[\w.]+\.)?128\b", sass)),
+            "16-byte stores": len(re.findall(r"\bSTG\.E\.128\b", sass))}
+
+
+def table(rows=ROWS) -> dict[str, dict[str, int]]:
+    """{"self d40 1024: forward": {"registers": 109, ...}, ...}"""
+    return {f"{name}: {kernel.fn.__name__}": counts(kernel, arguments, options)
+            for name, call in rows for kernel, arguments, options in launches(call)}
+
+
+def written(found: dict) -> str:
+    """One line a kernel, so that a change shows as a line."""
+    rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in found.items())
+    return f'{{"triton": "{triton.__version__}", "kernels": {{\n{rows}\n}}}}\n'
+
+
+def main(arguments: list[str]) -> None:
+    words = [argument for argument in arguments if not argument.startswith("--")]
+    found = table([row for row in ROWS if all(word in row[0] for word in words)])
+    if "--json" in arguments:
+        print(written(found))
+        return
+    for name, row in found.items():
+        print(f"{name:38}", "  ".join(f"{key} {n}" for key, n in row.items()))
+    if "--write" in arguments:
+        GOLDEN.parent.mkdir(parents=True, exist_ok=True)
+        GOLDEN.write_text(written(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,308 @@
+"""Attention's kernels against its formula in float64: on a GPU, or on a CPU in Triton's interpreter.
+
+Errors are relative in the L2 norm. The interpreter cuts bfloat16 off where a GPU rounds, so half of the
+limits is the interpreter's. Seeds are fresh; a failure prints its own, and NANODISCO_SEED repeats it.
+"""
+import os
+import secrets
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import attention_triton, backend
+from kernels.attention import attention_reference, temporal_attention_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LIMITS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+DTYPES = pytest.mark.parametrize("dtype", LIMITS, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+STREAMING = {                          # B, L, M, N, K
+    "blocks and a rest": (1, 70, 70, 2, 40),
+    "even blocks": (1, 128, 128, 1, 40),
+    "CLIP's 257 tokens": (1, 70, 257, 1, 40),
+    "257 tokens, no room for the first": (1, 20, 257, 1, 160),
+    "several pictures and heads": (3, 20, 24, 2, 8),
+    "one key": (2, 9, 1, 1, 16),
+    "one query": (1, 1, 35, 1, 16),
+    "few keys, queries shared out": (1, 530, 6, 1, 8)} | {
+    f"width {K}": (1, 35, 33, 2, K) for K in (8, 24, 56, 72, 80, 96, 160, 256)}
+
+SHORT = {                              # clips B, frames F, places S, N, K
+    "16 frames": (2, 16, 6, 2, 40),
+    "16 frames, even tiles": (1, 16, 8, 1, 80),
+    "frames that do not divide a tile": (2, 5, 7, 1, 24),
+    "one frame": (3, 1, 5, 1, 8),
+    "more frames than half a tile": (1, 40, 2, 1, 8),
+    "more frames than a tile": (1, 70, 2, 1, 8),
+    "width 160": (1, 16, 3, 1, 160),
+    "width 256": (1, 3, 3, 1, 256)}
+
+PICTURES = {                           # B, L, N, K
+    "16 pixels": (3, 16, 2, 40),
+    "64 pixels": (2, 64, 1, 160),
+    "an odd number": (2, 21, 1, 8)}
+
+
+# ---- Inputs and errors ---------------------------------------------------------------------------
+
+@pytest.fixture(autouse=True)
+def fresh():
+    seed = int(os.environ.get("NANODISCO_SEED", secrets.randbelow(2 ** 31)))
+    print(f"NANODISCO_SEED={seed}")
+    torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def memory_full_of_nan():
+    """What torch gives to a kernel for its outputs, so that a number that was not written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def packed(B: int, L: int, parts: int, N: int, K: int, dtype=torch.float32) -> tuple[Tensor, ...]:
+    """parts x (B, L, N, K), views of one product with NaN around it, so that a number read from outside shows."""
+    room = torch.full((B + 1, L + 3, parts, N, K), float("nan"), device=DEVICE, dtype=dtype)
+    inside = room[:B, :L]
+    inside.copy_(torch.randn(inside.shape))
+    return tuple(x.detach().requires_grad_() for x in inside.unbind(2))
+
+
+def inputs(B, L, M, N, K, dtype):
+    return (*packed(B, L, 1, N, K, dtype), *packed(B, M, 2, N, K, dtype))
+
+
+def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    x = torch.einsum("blnk, bmnk -> bnlm", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("bnlm, bmnk -> blnk", x.softmax(-1), v)
+
+
+def temporal_formula(q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
+    """Place by place."""
+    return torch.cat([torch.cat([formula(*(x[:, s:s + 1].transpose(0, 1) for x in clip)).transpose(0, 1)
+                                 for s in range(q.shape[1])], 1)
+                      for clip in zip(*(x.split(frames) for x in (q, k, v)))])
+
+
+def error(got: Tensor, wanted: Tensor) -> float:
+    assert got.shape == wanted.shape
+    difference = got.detach().double().cpu() - wanted.detach()
+    return (difference.norm() / wanted.norm().clamp(min=1)).item()       # from 1 on: of one key, dQ and dK are zero
+
+
+def assert_is(ours, wanted, *qkv: Tensor) -> None:
+    """ours(*qkv) and its three gradients, like those of wanted in float64."""
+    exact = [x.detach().double().cpu().requires_grad_() for x in qkv]
+    o, o_exact = ours(*qkv), wanted(*exact)
+    do = torch.randn(o.shape).to(o)
+    got = o, *torch.autograd.grad(o, qkv, do)
+    exact = o_exact, *torch.autograd.grad(o_exact, exact, do.double().cpu())
+    assert o.is_contiguous() and o.dtype == qkv[0].dtype
+    errors = {name: error(*pair) for name, *pair in zip(("o", "dq", "dk", "dv"), got, exact)}
+    assert all(e <= LIMITS[o.dtype] for e in errors.values()), errors    # a NaN is not
+
+
+# ---- Numbers -------------------------------------------------------------------------------------
+
+@DTYPES
+@pytest.mark.parametrize("B, L, M, N, K", STREAMING.values(), ids=STREAMING)
+def test_attention_is_its_formula(B, L, M, N, K, dtype):
+    assert_is(attention_triton.attention, formula, *inputs(B, L, M, N, K, dtype))
+
+
+@DTYPES
+@pytest.mark.parametrize("B, F, S, N, K", SHORT.values(), ids=SHORT)
+def test_temporal_attention_is_the_formula_at_each_place(B, F, S, N, K, dtype):
+    assert_is(lambda *qkv: attention_triton.temporal_attention(*qkv, F), lambda *qkv: temporal_formula(*qkv, F),
+              *packed(B * F, S, 3, N, K, dtype))
+
+
+@DTYPES
+@pytest.mark.parametrize("B, L, N, K", PICTURES.values(), ids=PICTURES)
+def test_small_pictures_attend_to_themselves(B, L, N, K, dtype):
+    assert_is(attention_triton.attention, formula, *packed(B, L, 3, N, K, dtype))
+
+
+def test_queries_may_lie_otherwise_than_keys_and_values():
+    assert_is(attention_triton.attention, formula, *inputs(2, 12, 12, 2, 8, torch.float32))
+
+
+def test_plain_versions_are_the_formula():
+    qkv = [x.double().detach().requires_grad_() for x in packed(2 * 3, 4, 3, 2, 8)]
+    for ours, wanted in ((attention_reference, formula),
+                         (lambda *qkv: temporal_attention_reference(*qkv, 3), lambda *qkv: temporal_formula(*qkv, 3))):
+        torch.testing.assert_close(ours(*qkv), wanted(*qkv))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")                    # numpy's, of keys beyond the last: not kept
+@pytest.mark.parametrize("L, M", [(40, 40), (40, 3), (8, 8)])
+def test_scores_far_from_zero_do_not_overflow(L, M):
+    q, k, v = inputs(1, L, M, 1, 8, torch.float32)
+    q, k = ((x * 100).detach().requires_grad_() for x in (q, k))         # scores of tens of thousands
+    o = attention_triton.attention(q, k, v)
+    assert error(o, formula(*(x.detach().double().cpu() for x in (q, k, v)))) < 1e-3
+    assert all(g.isfinite().all() for g in torch.autograd.grad(o.sum(), (q, k, v)))
+
+
+def test_one_row_of_tokens_serves_several_pictures():
+    q, k, v = inputs(3, 9, 20, 2, 8, torch.float32)
+    one = k[:1].detach().requires_grad_()
+    assert_is(lambda q, k, v: attention_triton.attention(q, k.expand(3, -1, -1, -1), v),
+              lambda q, k, v: formula(q, k.expand(3, -1, -1, -1), v), q, one, v)
+
+
+@pytest.mark.parametrize("L, M", [(20, 30), (20, 20)])
+def test_any_layout_is_taken(L, M):
+    """Heads before rows, the width not last, gradients of one number for all."""
+    q = torch.randn(2, 3, L, 8, device=DEVICE).transpose(1, 2).requires_grad_()
+    k = torch.randn(2, M, 8, 3, device=DEVICE).transpose(2, 3).requires_grad_()
+    v = torch.randn(2, M, 3, 8, device=DEVICE).requires_grad_()
+    assert_is(attention_triton.attention, formula, q, k, v)
+    exact = [x.detach().double().cpu().requires_grad_() for x in (q, k, v)]
+    gradients = torch.autograd.grad(attention_triton.attention(q, k, v).sum(), (q, k, v))
+    for got, wanted in zip(gradients, torch.autograd.grad(formula(*exact).sum(), exact)):
+        assert error(got, wanted) < 2e-5                                 # sums that cancel
+
+
+def test_twice_is_the_same_bit_for_bit():
+    qkv = inputs(1, 300, 20, 1, 8, torch.float32)
+    runs = []
+    for _ in range(2):
+        o = attention_triton.attention(*qkv)
+        runs.append((o, *torch.autograd.grad(o, qkv, torch.ones_like(o))))
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def test_memory_for_outputs_is_full_of_nan_here():
+    x = torch.zeros(3, device=DEVICE)
+    assert all(y.isnan().all() for y in (x.new_empty(3, 4), torch.empty_like(x)))
+
+
+# ---- Tiles ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("K, main, tail", [
+    (8, 16, 0), (16, 16, 0), (24, 32, 0), (40, 32, 16), (64, 64, 0), (72, 64, 16), (80, 64, 16), (96, 64, 32),
+    (120, 128, 0), (160, 128, 32), (256, 256, 0)])
+def test_a_width_is_cut_where_that_saves_work(K, main, tail):
+    from kernels.tiles_triton import parts
+    assert parts(K) == (main, tail)
+
+
+@pytest.mark.parametrize("L, block, programs", [
+    (16384, 64, 80), (1024, 64, 1280), (70, 64, 1), (4096, 32, 3), (530, 64, 1)])
+def test_shares_of_the_queries_cover_all_of_them_once(L, block, programs):
+    share, shares = attention_triton.shared(L, block, programs)
+    assert share % block == 0 and share * (shares - 1) < L <= share * shares
+    assert shares == 1 or programs * shares <= attention_triton.ENOUGH
+
+
+# ---- PyTorch around them -------------------------------------------------------------------------
+
+def test_operations_keep_the_rules_of_torch_library():
+    q, k, v = inputs(1, 9, 5, 1, 8, torch.float32)
+    torch.library.opcheck(attention_triton.attend, (q, k, v))
+    o, lse = (x.detach() for x in attention_triton.attend(q, k, v))
+    torch.library.opcheck(attention_triton.attend_backward, (q.detach(), k.detach(), v.detach(), o, lse, o))
+    short = attention_triton.short
+    clip = [x[:, :, None].detach().requires_grad_() for x in packed(2, 3, 3, 1, 8)]
+    torch.library.opcheck(short.attend, clip)
+    torch.library.opcheck(short.attend_backward, (*(x.detach() for x in clip), clip[0].detach()))
+
+
+@pytest.mark.parametrize("M", [9, 5])
+def test_compiled_in_one_graph_with_its_gradients(M, monkeypatch):
+    monkeypatch.setattr(backend, "MODE", "triton")
+    q, k, v = inputs(1, 9, M, 1, 8, torch.float32)
+    compiled = torch.compile(kernels.attention, backend="aot_eager", fullgraph=True)
+    gradients = [torch.autograd.grad(f(q, k, v).square().sum(), (q, k, v)) for f in (compiled, kernels.attention)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_autocast_computes_in_its_dtype(monkeypatch):
+    monkeypatch.setattr(backend, "MODE", "triton")
+    q, k, v = packed(1, 20, 3, 1, 8)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        o, o_temporal = kernels.attention(q, k, v), kernels.temporal_attention(q, k, v, 1)
+        gradient, = torch.autograd.grad(o.sum() + o_temporal.sum(), v)
+    assert o.dtype == o_temporal.dtype == torch.bfloat16 and gradient.dtype == torch.float32
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: CUDA graphs")
+def test_captured_in_a_cuda_graph():
+    q, k, v = inputs(2, 128, 257, 2, 40, torch.bfloat16)
+    wanted = attention_triton.attention(q, k, v)                         # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        o = attention_triton.attention(q, k, v)
+    o.zero_()
+    graph.replay()
+    assert torch.equal(o, wanted)
+
+
+# ---- Which version runs --------------------------------------------------------------------------
+
+@pytest.fixture
+def versions(monkeypatch):
+    """-> a function: mode, input's dtype and width -> "kernel" or "plain", for both operations"""
+    monkeypatch.setattr(attention_triton, "attention", lambda q, k, v: "kernel")
+    monkeypatch.setattr(attention_triton, "temporal_attention", lambda q, k, v, frames: "kernel")
+    dispatch = sys.modules["kernels.attention"]                          # which kernels.attention, a function, hides
+    monkeypatch.setattr(dispatch, "attention_reference", lambda q, k, v: "plain")
+    monkeypatch.setattr(dispatch, "temporal_attention_reference", lambda q, k, v, frames: "plain")
+    monkeypatch.setattr(backend, "said", set())
+    backend._reason.cache_clear()
+
+    def run(mode: str, width: int = 8, dtype=torch.float32, device="cpu", rows: int = 1) -> str:
+        monkeypatch.setattr(backend, "MODE", mode)
+        x = torch.empty(rows, 2, 1, width, dtype=dtype, device=device)
+        one, other = kernels.attention(x, x, x), kernels.temporal_attention(x, x, x, 1)
+        assert one == other
+        return one
+
+    yield run
+    backend._reason.cache_clear()
+
+
+def test_the_mode_chooses_the_version(versions, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert [versions(mode) for mode in ("auto", "torch", "triton")] == ["plain", "plain", "kernel"]
+    with pytest.raises(RuntimeError, match="'trition'; expected one of auto, triton, torch"):
+        versions("trition")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [8, 40, 80, 160, 256])
+def test_kernels_take_what_they_say(versions, monkeypatch, width, dtype):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert versions("triton", width, dtype) == "kernel"
+
+
+def test_a_demanded_kernel_that_cannot_run_is_an_error(versions, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="NANODISCO_KERNELS=triton, but .* multiple of 8, not 12"):
+        versions("triton", 12)
+    with pytest.raises(RuntimeError, match="float16, not float64"):
+        versions("triton", dtype=torch.float64)
+    backend._reason.cache_clear()
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(RuntimeError, match="Triton has no cpu backend; TRITON_INTERPRET=1"):
+        versions("triton")
+
+
+def test_the_one_wide_head_and_empty_inputs_are_plain_in_every_mode(versions):
+    assert {versions(mode, 512) for mode in backend.MODES} == {"plain"}
+    assert {versions(mode, rows=0) for mode in backend.MODES} == {"plain"}
+
+
+def test_auto_falls_back_and_says_so_once(versions, monkeypatch, capsys):
+    monkeypatch.setattr(backend, "MODE", "auto")
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setitem(sys.modules, "triton", None)                     # what makes an import fail
+    assert not backend.use_triton(on_gpu) and not backend.use_triton(on_gpu)
+    said, = capsys.readouterr().err.splitlines()
+    assert said.startswith("kernels: plain PyTorch runs, Triton cannot be imported (") and "pip install triton" in said
+    assert not backend.use_triton(on_gpu, "not for this") and capsys.readouterr().err.endswith("runs, not for this\n")

@@ -1,0 +1,47 @@
+"""Every kernel compiles for an H100 and its machine code is as good as it was. No GPU is needed."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+TESTS = Path(__file__).parent
+GOLDEN = json.loads((TESTS / "golden" / "kernels" / "sm90.json").read_text())
+SHARED = 227 * 1024                    # bytes that an H100 gives to one program; the compiler does not check it
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Compiled anew, in a process without the interpreter."""
+    given = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    given |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": str(TESTS.parent)}
+    command = [sys.executable, TESTS / "compile_kernels.py", "--json"]
+    ran = subprocess.run(command, env=given, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return json.loads(ran.stdout)["kernels"]
+
+
+def test_nothing_is_spilled_and_all_fits(table):
+    assert not {name for name, row in table.items() if row["stack"] or row["spills"] or row["shared"] > SHARED}
+
+
+def test_matrix_kernels_use_the_matrix_units_except_in_float32(table):
+    attention = {name for name in table if name.startswith(("self", "cross", "temporal"))}
+    assert {name for name in attention if table[name]["HGMMA"]} == {n for n in attention if "float32" not in n}
+
+
+def test_memory_is_read_and_written_16_bytes_at_a_time(table):
+    assert not {name for name, row in table.items()
+                if row["narrow loads"] or not row["16-byte loads"] or not row["16-byte stores"]}
+
+
+def test_the_table_is_the_golden_one(table):
+    """After a change that is meant: python tests/compile_kernels.py --write, and look at the difference."""
+    assert table.keys() == GOLDEN["kernels"].keys()
+    if triton.__version__ != GOLDEN["triton"]:
+        pytest.skip(f"recorded with triton {GOLDEN['triton']}, this is {triton.__version__}")
+    assert table == GOLDEN["kernels"]
