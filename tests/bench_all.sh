@@ -31,9 +31,7 @@ else
     small=(-x) budget=() sizes=(--dtype fp32 --tiny --rounds 1)
 fi
 
-for file in tests/compile_*.py; do
-    run "$(basename "$file" .py)" $check env -u TRITON_INTERPRET python "$file"
-done
+run compile_kernels $check env -u TRITON_INTERPRET python tests/compile_kernels.py
 run tests $test python -m pytest "${small[@]}" tests/test_kernels_*.py
 run bench_kernels $kernels python tests/bench_kernels.py "${budget[@]}" --json "$out/bench_kernels.json"
 run bench_pipeline $pipeline python tests/bench_pipeline.py "${sizes[@]}" --json "$out/bench_pipeline.json"

@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from kernels import attention_triton
+from kernels.group_norm_silu_triton import group_norm_silu_triton
 
 GOLDEN = Path(__file__).parent / "golden" / "kernels" / "sm90.json"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -47,6 +48,14 @@ def temporal(frames, q, k, v):
     differentiated(lambda *qkv: attention_triton.temporal_attention(*qkv, frames), q, k, v)
 
 
+def norm(N: int, C: int, height: int, frames: int = 1, shifts: int = 1, last: bool = True, dtype=BF16):
+    x = torch.empty(N, C, height, height, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    vectors = torch.empty(C, dtype=dtype), torch.empty(C, dtype=dtype), torch.empty(shifts, C, dtype=dtype)
+    differentiated(lambda x, weight, bias, shift: group_norm_silu_triton(x, weight, bias, 32, 1e-5, frames, True, shift),
+                   x, *vectors)
+
+
 def differentiated(function, *inputs):
     inputs = [x.detach().requires_grad_() for x in inputs]
     o = function(*inputs)
@@ -66,6 +75,12 @@ ROWS = [
     ("temporal d160 16", lambda: temporal(16, *packed(32, 64, 8, 160))),
     ("self d40 1024 float16", lambda: attention(*packed(32, 1024, 8, 40, FP16))),
     ("self d40 1024 float32", lambda: attention(*packed(2, 1024, 8, 40, FP32))),
+    ("norm 320@32", lambda: norm(32, 320, 32, shifts=32)),
+    ("norm 320@32 float32", lambda: norm(32, 320, 32, shifts=32, dtype=FP32)),
+    ("norm 320@32 NCHW", lambda: norm(2, 320, 32, last=False)),
+    ("norm 960@32 frames 16", lambda: norm(32, 960, 32, frames=16)),
+    ("norm 640@16", lambda: norm(32, 640, 16)),
+    ("norm 1280@8", lambda: norm(2, 1280, 8)),
 ]
 
 
@@ -91,7 +106,7 @@ def source(kernel, arguments: dict) -> ASTSource:
     """Types, constants and multiples of 16, as Triton itself finds them at a launch."""
     types, constants, aligned = {}, {}, {}
     for i, (name, x) in enumerate(arguments.items()):
-        if kernel.params[i].is_constexpr or isinstance(x, int) and x == 1:
+        if kernel.params[i].is_constexpr or x is None or isinstance(x, int) and x == 1:
             types[name], constants[name] = "constexpr", x
         elif isinstance(x, torch.Tensor):
             types[name] = POINTERS[x.dtype]
@@ -120,7 +135,7 @@ def counts(kernel, arguments: dict, options: dict) -> dict[str, int]:
 
 def table(rows=ROWS) -> dict[str, dict[str, int]]:
     """{"self d40 1024: forward": {"registers": 109, ...}, ...}"""
-    return {f"{name}: {kernel.fn.__name__}": counts(kernel, arguments, options)
+    return {f"{name}: {kernel.fn.__name__.lstrip('_')}": counts(kernel, arguments, options)
             for name, call in rows for kernel, arguments, options in launches(call)}
 
 

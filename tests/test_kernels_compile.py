@@ -12,6 +12,7 @@ triton = pytest.importorskip("triton")
 TESTS = Path(__file__).parent
 GOLDEN = json.loads((TESTS / "golden" / "kernels" / "sm90.json").read_text())
 SHARED = 227 * 1024                    # bytes that an H100 gives to one program; the compiler does not check it
+VECTORS = 8                            # loads of 2 bytes: a thread's weights, biases and shifts
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +35,19 @@ def test_matrix_kernels_use_the_matrix_units_except_in_float32(table):
     assert {name for name in attention if table[name]["HGMMA"]} == {n for n in attention if "float32" not in n}
 
 
-def test_memory_is_read_and_written_16_bytes_at_a_time(table):
-    assert not {name for name, row in table.items()
-                if row["narrow loads"] or not row["16-byte loads"] or not row["16-byte stores"]}
+def test_attention_is_read_and_written_16_bytes_at_a_time(table):
+    assert not {name for name, row in table.items() if not name.startswith("norm")
+                and (row["narrow loads"] or not row["16-byte loads"] or not row["16-byte stores"])}
+
+
+def test_pictures_of_a_norm_are_read_16_bytes_at_a_time(table):
+    """Its vectors, one number a channel, may be read in pieces, and what is folded is small."""
+    norms = {name: row for name, row in table.items() if name.startswith("norm")}
+    pictures = {name: row for name, row in norms.items() if not name.split(": ")[1].startswith("fold")}
+    assert not {name for name, row in norms.items() if row["narrow loads"] > VECTORS}
+    assert not {name for name, row in pictures.items() if not row["16-byte loads"]}
+    written = {name for name in pictures if name.endswith(("apply", "gradient_of_x"))}
+    assert written and not {name for name in written if not norms[name]["16-byte stores"]}
 
 
 def test_the_table_is_the_golden_one(table):
