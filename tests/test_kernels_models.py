@@ -1,0 +1,21 @@
+"""Whole networks made of kernels, in the interpreter, against the official numbers."""
+import pytest
+import test_golden_image as image
+import test_golden_temporal as temporal
+import torch
+from formula import MODULE, assert_all_close
+
+from kernels import attention_triton, backend, group_norm_silu_triton
+
+
+@pytest.mark.parametrize("of, wanted", [(image, image.MODULES), (temporal, temporal.TENSORS)], ids=["picture", "video"])
+def test_a_unet_of_kernels_gives_the_official_numbers(monkeypatch, of, wanted):
+    ran = set()
+    monkeypatch.setattr(backend, "MODE", "triton")
+    for module, name in ((attention_triton, "attention"), (attention_triton, "temporal_attention"),
+                         (group_norm_silu_triton, "group_norm_silu_triton")):
+        kernel = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *xs, kernel=kernel, name=name: ran.add(name) or kernel(*xs))
+    with torch.no_grad():
+        assert_all_close(of.unet(), wanted, MODULE)
+    assert ran == {"attention", "group_norm_silu_triton"} | ({"temporal_attention"} if of is temporal else set())
