@@ -4,6 +4,7 @@
 """
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -64,7 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, row in zip(("ours", "copy", "ceiling"), rows.values()):
         print(f"{name:10}" + "".join(f"{row[column]:11.3f}" for column in COLUMNS))
     if given.json:
-        found = {prefix + column: row[column] for prefix, row in rows.items() for column in COLUMNS}
+        found = {prefix + column: None if math.isnan(row[column]) else row[column]
+                 for prefix, row in rows.items() for column in COLUMNS}
         found |= {name: getattr(given, name) for name in ("count", "steps", "cfg", "seed", "stranger", "person")}
         with appearing(given.json) as place:
             place.write_text(json.dumps(found, indent=1))

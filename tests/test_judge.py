@@ -107,6 +107,41 @@ def test_the_command_line_prints_and_writes_every_column(folder, tmp_path, capsy
     assert (tmp_path / "sheet.png").exists()
 
 
+def test_a_model_without_a_pose_net_is_scored_on_the_reference_itself(tmp_path):
+    net = DisCo(from_dict(ModelConfig, MODEL | {"pose": None}))
+    weights.write_folder(tmp_path / "stage1", net.state_dict(), net.config)
+    evaluate.main(["--weights", str(tmp_path / "stage1"), "--count", "2", "--size", "16", "--steps", "1", "--device",
+                   "cpu", "--json", str(tmp_path / "scores.json")])
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert found["copy.psnr"] == 100 and found["hole"] is None           # nothing was uncovered
+
+
+def test_pairs_of_one_person_share_person_and_room_and_differ_in_the_dance():
+    of, person = judge.pairs(4, 0, 48, person=7), dancers.HELD_OUT + 7
+    for i, pair in enumerate(of):
+        assert np.array_equal(pair.reference.picture, dancers.sample(person, person, person, 0, 48).picture)
+        assert np.array_equal(pair.target.picture, dancers.sample(person, person, dancers.HELD_OUT + i, pair.frame,
+                                                                  48).picture)
+
+
+def test_a_video_model_is_scored_on_the_middle_of_a_clip(monkeypatch):
+    """The pose of the target is at its place among those of its neighbours."""
+    net = DisCo(from_dict(ModelConfig, MODEL | {"unet": MODEL["unet"] | {"temporal": True}}))
+    of, seen = judge.pairs(2, 0, 16), []
+
+    def generated(model, reference, background, pose, numbers, *rest):
+        seen.append(pose)
+        return torch.arange(len(pose)).view(-1, 1, 1, 1).expand(-1, 3, 16, 16) / 255
+    monkeypatch.setattr(judge, "generated", generated)
+    made, middle = judge.imagined(net, of, 1, 1.0, 0), judge.FRAMES // 2
+    assert made[:, 0, 0, 0].tolist() == [middle, judge.FRAMES + middle]
+    for i, pair in enumerate(of):
+        for later in (-1, 0, 2):
+            wanted = dancers.sample(*pair.who, pair.frame + later, 16).keypoints
+            picture = torch.from_numpy(dancers.pose_picture(wanted, 16).copy()).permute(2, 0, 1) / 255
+            assert torch.equal(seen[0][i * judge.FRAMES + middle + later], picture)
+
+
 def test_pictures_do_not_depend_on_how_many_are_made(folder, monkeypatch):
     from nanodisco.loading import load
     net, of = load(folder, say=lambda text: None), judge.pairs(5, 0, 16)
