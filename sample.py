@@ -44,13 +44,13 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("-W", "--width", type=int, help="of the result (default: as the weights were trained; 256)")
     top.add_argument("-H", "--height", type=int, help="of the result (default: as the weights were trained; 256)")
     top.add_argument("-L", "--length", type=int, metavar="FRAMES", help="make only the first so many frames")
-    top.add_argument("--steps", type=int, default=50, help="sampling steps (default 50)")
+    top.add_argument("--steps", type=int, help="sampling steps (default 50; of the example 20)")
     top.add_argument("--cfg", type=float, default=1.5, help="guidance; 1 is none and twice as fast (default 1.5)")
     top.add_argument("--scheduler", choices=SCHEDULERS, default="ddim", help="default ddim")
     top.add_argument("--eta", type=float, default=0.0, help="of ddim: 0 no noise, 1 as ddpm (default 0)")
     top.add_argument("--seed", type=int, default=42, help="default 42")
-    top.add_argument("--noise", choices=("frame", "shared", "official"), default="frame", help="start from noise of "
-                     "each frame's own, the same for all, or one reseeded generator a batch (default frame)")
+    top.add_argument("--noise", choices=("frame", "shared", "official"), help="start from noise of each frame's own, "
+                     "the same for all, or one reseeded generator a batch (default frame; of the example shared)")
     top.add_argument("--latents", metavar="FILE", help="safetensors with `latents` to start from (F, C, h, w), and "
                      "perhaps `background_noise` (1, C, h, w) and `step_noise` (steps, F, C, h, w)")
     top.add_argument("--posterior", choices=("mean", "sample"), default="mean", help="of the background's encoding")
@@ -77,6 +77,7 @@ def judge(given: argparse.Namespace) -> None:
     """All that can be refused before torch is imported."""
     if not (given.data or given.ref or given.poses) and EXAMPLE["ref"].exists():
         of_example(given)
+    given.steps, given.noise = 50 if given.steps is None else given.steps, given.noise or "frame"
     if not given.data and not (given.ref and given.poses):
         needed = {"--ref IMG": given.ref, "--poses DIR": given.poses}
         missing = " and ".join(flag for flag, value in needed.items() if not value)
@@ -123,10 +124,11 @@ def judge(given: argparse.Namespace) -> None:
 
 
 def of_example(given: argparse.Namespace) -> None:
-    """Nobody is named: the shipped model shows its own example; --background still replaces the room."""
+    """Nobody is named: the shipped model shows its own example; --background still replaces the room, and so on."""
     for name, path in EXAMPLE.items():
         setattr(given, name, getattr(given, name) or str(path))
-    given.weights = given.weights or str(NANO)
+    given.weights, given.noise = given.weights or str(NANO), given.noise or "shared"
+    given.steps = 20 if given.steps is None else given.steps
 
 
 def trained(given: argparse.Namespace) -> tuple[int, int]:
