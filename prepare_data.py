@@ -22,8 +22,8 @@ def parser() -> argparse.ArgumentParser:
     dancers.add_argument("--size", type=int, default=64, help="pixels, square (default 64)")
     dancers.add_argument("--seed", type=int, default=0, help="other seeds give other clips (default 0)")
     dancers.add_argument("--split", choices=SPLITS, default="train", help="nothing is in both (default train)")
-    dancers.add_argument("--format", choices=FORMATS, default="folder", help="the official program's folder of clips, or "
-                         "its TSV files; example: a photo, a room and a dance for sample.py, of 3 clips (default folder)")
+    dancers.add_argument("--format", choices=FORMATS, default="folder", help="the official program's folder of clips, "
+                         "or its TSV files; example: of 3 clips a photo, a room and a dance (default folder)")
     return top
 
 

@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kernels.backend import use_triton
 
-SMALL = 256 * 256                      # queries times keys: torch's gradient on a CPU is slower there than the plain one
+SMALL = 256 * 256                      # queries times keys: torch's gradient on a CPU is slower than the plain one
 WIDEST = 256                           # head of a kernel
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -41,8 +41,8 @@ def parser() -> argparse.ArgumentParser:
                             "default: what the files hold")
     bring.add_argument("--config", metavar="YAML", help="model configuration for what the files do not say")
     bring.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as in the files")
-    bring.add_argument("--at-most", type=float, default=0, metavar="MB", help="cut the weights into files of at most so "
-                       "many megabytes (default: one file)")
+    bring.add_argument("--at-most", type=float, default=0, metavar="MB", help="cut the weights into files of at most "
+                       "so many megabytes (default: one file)")
     bring.add_argument("--seed", type=int, default=0, help="for parts that no file holds (default 0)")
     send = verbs.add_parser("export", help="write a nanodisco folder under the official names")
     send.add_argument("path", metavar="DIR", help="nanodisco folder (or any file that import takes)")

@@ -29,7 +29,8 @@ def sliding_square(size: tuple[int, int], generator: torch.Generator) -> Box:
     return left, top, left + short, top + short
 
 
-def resized_crop(size: tuple[int, int], generator: torch.Generator, scale: tuple[float, float], aspect: float = 1.0) -> Box:
+def resized_crop(size: tuple[int, int], generator: torch.Generator, scale: tuple[float, float],
+                 aspect: float = 1.0) -> Box:
     """torchvision's RandomResizedCrop for one aspect (width / height).
 
     It draws an area until the box fits, ten times at most, then takes the largest box in the middle. A square of

@@ -40,7 +40,7 @@ def write_folder(out: Path, clips: Iterable[int], frames: int, size: int, split:
 
 
 def write_example(out: Path, clips: Iterable[int], frames: int, size: int, split: str) -> None:
-    """For sample.py: of three clips, the first one's person in its room, the second one's room, the third one's dance."""
+    """For sample.py, of three clips: the first one's person in its room, the second's room, the third's dance."""
     person, other_room, dance = clips
     with appearing(out) as place:
         place.mkdir()

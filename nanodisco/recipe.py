@@ -57,7 +57,7 @@ class TrainConfig:
     freeze_pose: bool = False
     freeze_background: bool = False
     only_pose: bool = False            # nothing but the pose net
-    lora_rank: int = 0                 # LoRA: linear layers of the UNet learn a difference of this rank; 0: their weights
+    lora_rank: int = 0                 # LoRA: of the difference that the UNet's linear layers learn; 0: their weights
     substring_fault: bool = False      # official: freezes by substring, and so some of the other net too
     seed: int = 42
     log_every: int = 10                # steps
@@ -84,7 +84,8 @@ class Recipe:
         choices = (("stage", self.stage, ("diffusion", "vae")), ("data.kind", d.kind, ("dancers", "tsv")),
                    ("data.reference", d.reference, ("first", "random", "same")),
                    ("train.precision", t.precision, ("fp32", "bf16", "fp16")),
-                   ("train.logger", t.logger, ("", "tensorboard", "wandb")), ("train.loss", t.loss, ("prediction", "epsilon", "v", "x0")),
+                   ("train.logger", t.logger, ("", "tensorboard", "wandb")),
+                   ("train.loss", t.loss, ("prediction", "epsilon", "v", "x0")),
                    ("variant", self.variant, ("", "stage1", "image", "temporal")))
         for name, value, allowed in choices:
             if value not in allowed:

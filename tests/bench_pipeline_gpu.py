@@ -91,7 +91,8 @@ def training_step(folder: Path, device: str, side: int, batch: int, kernels: str
     model.vae = model.clip = None
     model = model.to(device, memory_format=torch.channels_last).requires_grad_(True)
     given = inputs(model.config, torch.float32, batch, side, device)
-    shown = Conditions(given["tokens"].expand(batch, -1, -1), given["pose"], given["background"].expand(batch, -1, -1, -1))
+    tokens, background = (given[name].repeat(batch, *[1] * (given[name].ndim - 1)) for name in ("tokens", "background"))
+    shown = Conditions(tokens, given["pose"], background)
     t = torch.full((batch,), 481, device=device)
 
     def step():
@@ -151,8 +152,8 @@ def main(arguments: list[str] | None = None) -> None:
             if "training" not in given.skip:
                 print(f"\ntraining, {size} x {size}, batch {batch}, bf16 autocast, forward and backward")
                 for kernels in ("auto", "torch"):
-                    found = row(f"kernels {kernels}", lambda: training_step(folder, device, side, batch, kernels), device,
-                                batch, max(rounds // 4, 2))
+                    found = row(f"kernels {kernels}", lambda: training_step(folder, device, side, batch, kernels),
+                                device, batch, max(rounds // 4, 2))
                     result[f"{size} training {kernels}"] = found
                     if found:
                         print(f"  {'':22} {1000 * batch / found['ms']:9.1f} pictures a second")

@@ -52,8 +52,8 @@ def norm(N: int, C: int, height: int, frames: int = 1, shifts: int = 1, last: bo
     x = torch.empty(N, C, height, height, dtype=dtype)
     x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     vectors = torch.empty(C, dtype=dtype), torch.empty(C, dtype=dtype), torch.empty(shifts, C, dtype=dtype)
-    differentiated(lambda x, weight, bias, shift: group_norm_silu_triton(x, weight, bias, 32, 1e-5, frames, True, shift),
-                   x, *vectors)
+    differentiated(lambda x, weight, bias, shift: group_norm_silu_triton(
+        x, weight, bias, 32, 1e-5, frames, True, shift), x, *vectors)
 
 
 def differentiated(function, *inputs):

@@ -36,7 +36,8 @@ def test_a_crop_within_a_sliding_square_is_the_official_one(case):
 @pytest.mark.parametrize("aspect", [0.5, 0.6, 2.0])
 def test_crops_of_another_aspect_have_it_and_stay_inside(aspect):
     for seed in range(20):
-        left, top, right, bottom = crops.resized_crop((90, 160), torch.Generator().manual_seed(seed), (0.3, 1.0), aspect)
+        generator = torch.Generator().manual_seed(seed)
+        left, top, right, bottom = crops.resized_crop((90, 160), generator, (0.3, 1.0), aspect)
         assert 0 <= left < right <= 90 and 0 <= top < bottom <= 160
         assert (right - left) / (bottom - top) == pytest.approx(aspect, rel=0.03)
 
