@@ -42,6 +42,15 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint.found(folder) and not given.resume:
         raise InputError(f"{folder} holds a run already; --resume=auto goes on with it, another --out= begins anew")
     model = start.model(recipe, say).to(world.device)
+    if world.device != "cpu":
+        model = model.to(memory_format=torch.channels_last)
+    if recipe.data.frames > 1 and not model.config.unet.temporal:
+        raise InputError(f"data.frames is {recipe.data.frames}, but this is a picture model; expected 1, or variant: "
+                         "temporal (model.unet.temporal: true)")
+    for side in ("width", "height"):
+        if getattr(recipe.data, side) % model.config.vae.factor:
+            raise InputError(f"data.{side} is {getattr(recipe.data, side)}; expected a multiple of "
+                             f"{model.config.vae.factor}, the latent factor of this model")
     names = [name for name, _ in model.named_parameters()]
     if recipe.stage == "vae":
         names = [name for name in names if name.startswith("vae.")]
@@ -82,7 +91,9 @@ def main(argv: list[str] | None = None) -> None:
     batches = data.loader(dataset, t.batch, state.step, steps, world.rank, world.size, recipe.data.workers)
     network = start.VAELoss(model, t) if recipe.stage == "vae" else start.Loss(model, t)
     if world.size > 1:
-        network = torch.nn.parallel.DistributedDataParallel(network)
+        # unused parameters are looked for so that DDP keeps its first buckets: new ones add in another order, and a
+        # run that goes on would differ in its last bits
+        network = torch.nn.parallel.DistributedDataParallel(network, find_unused_parameters=True)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(t.precision)
     began, first = time.perf_counter(), state.step
     log = validation.Log(folder, recipe) if world.rank == 0 else None
@@ -132,8 +143,8 @@ def main(argv: list[str] | None = None) -> None:
         bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}")
         if world.rank == 0 and (state.step % t.log_every == 0 or state.step == steps):
             speed = (state.step - first) / (time.perf_counter() - began)
-            line = {"step": state.step, "loss": loss, "norm": norm, "lr": rate, "steps_per_second": round(speed, 3)}
-            log.write(line)
+            log.write({"step": state.step, "loss": loss, "norm": norm if norm < float("inf") else None, "lr": rate,
+                       "steps_per_second": round(speed, 3)})
         if t.validate_every and (state.step % t.validate_every == 0 or state.step == steps):
             if world.rank == 0:
                 with (average.shown(model) if average else nullcontext(),

@@ -51,6 +51,8 @@ class State:
 def save(run: Path, state: State, config: ModelConfig, about: dict, keep: int = 0) -> Path:
     """Write RUN/step-N and let `last` point there; then remove all but the `keep` newest (0: none)."""
     place = run / f"step-{state.step:07}"
+    if place.exists():                                                   # damaged, or it would have been gone on from
+        shutil.rmtree(place)
     with appearing(place) as folder:
         folder.mkdir()
         shown = lora.merged(state.model.state_dict() | (state.average.tensors if state.average else {}))
@@ -122,6 +124,11 @@ def newest(run: Path, say: Callable[[str], None]) -> tuple[Path, dict] | None:
 def restore(place: Path, about: dict, state: State) -> None:
     """Put a checkpoint's content into a State that was made by the same recipe."""
     model, training = load_file(place / "model.safetensors"), load_file(place / "training.safetensors")
+    held = {name.removeprefix("weight."): tensor.shape for name, tensor in (model | training).items()}
+    other = [name for name, tensor in state.model.state_dict().items() if held.get(name) != tensor.shape]
+    if other:
+        raise InputError(f"{place} holds another network than the recipe's ({', '.join(other[:3])}, …); give it the one "
+                         "that it had, or begin anew with another --out= and start: [" + str(place) + "]")
     with torch.no_grad():
         for name, tensor in state.model.state_dict().items():
             tensor.copy_(training[f"weight.{name}"] if f"weight.{name}" in training else model[name])
@@ -132,7 +139,8 @@ def restore(place: Path, about: dict, state: State) -> None:
                 if key.partition(".")[2] == name and not key.startswith(("weight.", "average."))}
         if kept:
             state.optimizer.state[parameter] = {
-                key: value.clone().to("cpu" if key == "step" else parameter.device) for key, value in kept.items()}
+                key: value.clone() if key == "step" else torch.empty_like(parameter).copy_(value)
+                for key, value in kept.items()}
     if state.scaler and about["scaler"]:
         state.scaler.load_state_dict(about["scaler"])
     state.step = about["step"]
@@ -140,11 +148,14 @@ def restore(place: Path, about: dict, state: State) -> None:
 
 def lock(run: Path) -> IO:
     """Claim a run's folder for as long as the file that is returned stays open, or this process lives."""
-    run.mkdir(parents=True, exist_ok=True)
-    file = open(run / ".lock", "w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        run.mkdir(parents=True, exist_ok=True)
+        file = open(run / ".lock", "w")
+    except OSError as error:
+        raise InputError(f"cannot write {run}: {error.strerror}; choose another --out=") from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)                 # not flock: workers would inherit that
+    except (BlockingIOError, PermissionError):
         raise InputError(f"{run} is in use: another process trains there; wait for it, or stop it") from None
     return file
 
@@ -153,8 +164,9 @@ def tidy(run: Path) -> None:
     """Remove what a killed process has left half-written."""
     for place in run.glob(".step-*"):
         shutil.rmtree(place, ignore_errors=True)
-    for link in run.glob(".last.*"):
-        link.unlink(missing_ok=True)
+    for pattern in (".last.*", ".loss.png.part", ".log.jsonl.*", "validation/.*.part"):
+        for path in run.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def cut_log(log: Path, step: int) -> None:

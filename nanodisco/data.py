@@ -223,5 +223,8 @@ def loader(dataset: Training, batch: int, first: int, steps: int, rank: int, ran
         for step in range(first, steps):
             whole = indices(len(dataset), batch, dataset.seed, step)
             yield [whole[i] for i in shares(len(whole), ranks)[rank]] or whole[:1]
-    return iter(torch.utils.data.DataLoader(dataset, batch_sampler=places(), num_workers=workers,
-                                            persistent_workers=workers > 0))
+    try:
+        yield from torch.utils.data.DataLoader(dataset, batch_sampler=places(), num_workers=workers,
+                                               persistent_workers=workers > 0)
+    except InputError as error:                                          # a worker's comes with its whole traceback
+        raise InputError(str(error).strip().splitlines()[-1].removeprefix("nanodisco.errors.InputError: ")) from None

@@ -6,11 +6,14 @@
 """
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed
 
 from nanodisco.errors import InputError
+
+PATIENCE = timedelta(hours=2)          # all wait while one validates or saves
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,15 @@ class World:
                 raise InputError(f"process {local} of this machine has no GPU of its own; there are "
                                  f"{torch.cuda.device_count()} (torchrun --nproc-per-node)")
             torch.cuda.set_device(local)
+        else:
+            try:
+                torch.zeros(1, device=device)
+            except (RuntimeError, AssertionError) as error:
+                raise InputError(f"--device {device} is not there ({str(error).splitlines()[0]}); expected auto, cpu "
+                                 "or cuda") from None
         if size > 1 and not distributed.is_initialized():
             distributed.init_process_group("nccl" if device == "cuda" else "gloo", rank=rank, world_size=size,
-                                           store=_store(size))
+                                           store=_store(size), timeout=PATIENCE)
         return World(rank, size, f"cuda:{local}" if device == "cuda" else device)
 
     def sum(self, x: Tensor) -> Tensor:

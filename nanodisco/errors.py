@@ -4,6 +4,7 @@ Every command line of this project answers bad input in the same way: one line o
 what was wrong, what was expected and what to do; exit code 2; no traceback; nothing half-written.
 A traceback therefore always means a bug of ours.
 """
+import errno
 import sys
 
 
@@ -17,6 +18,11 @@ def run(main) -> None:
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        print(f"error: cannot write {error.filename or ''}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-KEPT = 2                               # shapes whose graphs stay: a track's batches, and its shorter last one
+KEPT = 2                               # shapes whose graphs stay: batches of a track, and the shorter last one
 WARM_UP = 3                            # calls before capturing: libraries choose kernels and make workspaces
 
 
@@ -32,17 +32,19 @@ class Captured:
             self._capture(shape, inputs)
             return self(*inputs)
         buffers, replay, out = self.graphs[shape]
-        for buffer, x in zip(buffers, inputs):
-            buffer.copy_(x)
-        replay()
-        return out.clone()                                               # the next call writes over it
+        with torch.cuda.device_of(inputs[0]):
+            for buffer, x in zip(buffers, inputs):
+                buffer.copy_(x)
+            replay()
+            return out.clone()                                               # the next call writes over it
 
     def _capture(self, shape: tuple, inputs: tuple[Tensor, ...]) -> None:
         while len(self.graphs) >= KEPT:
             del self.graphs[next(iter(self.graphs))]
         buffers = [x.clone() for x in inputs]
         try:
-            replay, out = self.record(lambda: self.function(*buffers))
+            with torch.cuda.device_of(inputs[0]):
+                replay, out = self.record(lambda: self.function(*buffers))
         except RuntimeError as error:
             print(f"not captured as a CUDA graph, so slower: {str(error).splitlines()[0]}", file=sys.stderr)
             self.record = None
@@ -59,6 +61,6 @@ def record_cuda(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Ten
             function()
     torch.cuda.current_stream().wait_stream(beside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):     # other threads may ask after their own events
         out = function()
     return graph.replay, out

@@ -5,6 +5,7 @@
     guided = Guided(model, tokens, background, uncond, guidance=1.5)   # once a reference
     predict = guided(pose)                                             # once a batch of frames
 """
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -47,7 +48,8 @@ class Guided:
             self.tokens = Memo(self.tokens, keep=True)
             self.background = None if background is None else Memo(self.background, keep=True)
         graph = cache and tokens.is_cuda if graph is None else graph
-        self.captured = Captured(self._step) if graph else None
+        step = weakref.WeakMethod(self._step)                            # its graphs' memory goes when this goes
+        self.captured = Captured(lambda *inputs: step()(*inputs)) if graph else None
 
     def __call__(self, pose: Tensor | None) -> Predict:
         """pose (B, 3, [F,] H, W) in [0, 1] -> the network for these pictures"""

@@ -130,7 +130,7 @@ def generated(model: DisCo, reference: Tensor, background: Tensor, pose: Tensor 
     z, frames = frame_noise(seed, numbers, shape).to(model.device), len(numbers) // len(reference)
     pose = None if pose is None else pose.to(model.device)
     if model.config.unet.temporal:
-        z, pose = unfold(z, frames), unfold(pose, frames)
+        z, pose = unfold(z, frames), None if pose is None else unfold(pose, frames)
     *_, step = sample(guided(pose), z, model.alpha_bars(), "ddim", steps, prediction=model.config.diffusion.prediction)
     return model.vae.to_picture(fold(step.z)[0].to(model.dtype))
 

@@ -22,8 +22,9 @@ class LowRank(nn.Module):
     def __init__(self, weight: Tensor, rank: int, generator: torch.Generator):
         super().__init__()
         rows, columns = weight.shape
-        self.down = nn.Parameter(torch.randn(rank, columns, generator=generator) / math.sqrt(columns))
-        self.up = nn.Parameter(torch.zeros(rows, rank))
+        down = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)       # the same on every device
+        self.down = nn.Parameter(down.to(weight.device))
+        self.up = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight + self.up @ self.down

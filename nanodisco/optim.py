@@ -30,7 +30,7 @@ UNET = {                               # patterns of the UNet's tensors that tra
 
 def trainable(names: Iterable[str], unet: str = "all", freeze_pose: bool = False, freeze_background: bool = False,
               only_pose: bool = False, substring_fault: bool = False, clip: bool = False) -> list[str]:
-    """Which tensors of a DisCo train. The VAE never does, CLIP only if `clip`.
+    """Which tensors of a DisCo train. The VAE never does, CLIP only if `clip`, and then not what is not used of it.
 
     unet: a key of UNET, or patterns of our tensor names with commas between them, as "unet.up.*,unet.conv_out.*".
     only_pose: nothing but the pose net. InputError for a pattern that matches nothing.
@@ -54,6 +54,8 @@ def trainable(names: Iterable[str], unet: str = "all", freeze_pose: bool = False
             return of_net(name, 0)
         if name.startswith(("pose.", "background.")):
             return not (freeze_pose and of_net(name, 0)) and not (freeze_background and of_net(name, 1))
+        if name == "clip.vision.proj" and "clip.proj.weight" in names:
+            return False                                                 # our own projection takes its place
         return name.startswith("clip.") and (clip or name.startswith("clip.proj.")) or any(
             fnmatchcase(name, pattern) for pattern in patterns)
     return [name for name in names if trains(name)]
@@ -118,4 +120,5 @@ def checkpoint_activations(model: nn.Module) -> None:
     """Let ResBlocks and transformers forget their activations and compute them again in the backward pass."""
     for module in model.modules():
         if isinstance(module, (ResBlock, SpatialTransformer)):
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False,
+                                               preserve_rng_state=False)          # nothing in them draws

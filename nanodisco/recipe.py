@@ -77,6 +77,7 @@ class Recipe:
     model: ModelConfig | None = None   # None: as the files of `start` say; with both, files say the sizes they have
     start: tuple[str, ...] = ()        # weights to start from; later files win
     variant: str = ""                  # of `start`: stage1 | image | temporal; "": what the files hold
+    uncond: str = ""                   # what stands for no reference: zeros | clip-zero; "": as the model says
     out: str = ""                      # folder of the run; "": output/<name of the YAML file>
 
     def __post_init__(self):
@@ -86,22 +87,28 @@ class Recipe:
                    ("train.precision", t.precision, ("fp32", "bf16", "fp16")),
                    ("train.logger", t.logger, ("", "tensorboard", "wandb")),
                    ("train.loss", t.loss, ("prediction", "epsilon", "v", "x0")),
-                   ("variant", self.variant, ("", "stage1", "image", "temporal")))
+                   ("uncond", self.uncond, ("", "zeros", "clip-zero")), ("variant", self.variant, ("", "stage1", "image", "temporal")))
         for name, value, allowed in choices:
             if value not in allowed:
                 raise InputError(f"{name} is {value!r}; expected one of {', '.join(filter(None, allowed))}")
         for group in (t, d):
-            for name in ("batch", "accumulate", "log_every", "save_every", "frames", "every", "width",
+            for name in ("batch", "accumulate", "log_every", "save_every", "validate_count", "frames", "every", "width",
                          "height"):
                 if getattr(group, name, 1) < 1:
                     raise InputError(f"{name} is {getattr(group, name)}; expected 1 or more")
         if (t.steps > 0) == (t.epochs > 0) or min(t.steps, t.epochs) < 0:
             raise InputError(f"train.steps is {t.steps}, train.epochs {t.epochs}; expected one of them, 1 or more")
+        for group in (t, d):
+            for name in ("keep", "workers", "seed", "lora_rank", "weight_decay", "min_snr", "person", "clip_norm", "first",
+                         "validate_every"):
+                if getattr(group, name, 0) < 0:
+                    raise InputError(f"{name} is {getattr(group, name)}; expected 0 or more")
         for name in ("warmup", "ema", "drop_reference", "drop_pose"):
             if not 0 <= getattr(t, name) <= 1:
                 raise InputError(f"train.{name} is {getattr(t, name)}; expected 0 to 1")
-        if not t.lr > 0 or len(t.betas) != 2:
-            raise InputError(f"train.lr is {t.lr}, train.betas {list(t.betas)}; expected more than 0, and two numbers")
+        if not t.lr > 0 or len(t.betas) != 2 or not all(0 <= beta < 1 for beta in t.betas):
+            raise InputError(f"train.lr is {t.lr}, train.betas {list(t.betas)}; expected more than 0, and two numbers "
+                             "from 0 to below 1")
         if d.kind == "dancers" and d.clips < 1:
             raise InputError("data.clips is missing; expected the number of dancers' clips")
         if d.kind == "tsv" and not d.path:
@@ -109,9 +116,6 @@ class Recipe:
         if d.kind == "tsv" and t.validate_every and not d.validation:
             raise InputError("data.validation is missing; expected the YAML file of a set to validate on, or "
                              "train.validate_every 0")
-        if t.validate_every < 0 or t.validate_count < 1 or d.first < 0:
-            raise InputError(f"train.validate_every is {t.validate_every}, train.validate_count {t.validate_count}, "
-                             f"data.first {d.first}; expected 0 or more, 1 or more, 0 or more")
         if d.crop and not (len(d.crop) == 2 and 0 < d.crop[0] <= d.crop[1] <= 1) or d.slide and not d.crop:
             raise InputError(f"data.crop is {list(d.crop)}; expected two shares of the area, as [0.5, 1.0]"
                              + (", for data.slide" if d.slide else ""))

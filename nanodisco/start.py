@@ -26,14 +26,14 @@ def model(recipe: Recipe, say: Callable[[str], None]) -> DisCo:
     """
     config = recipe.model if recipe.pose or recipe.model is None else replace(recipe.model, pose=None)
     if recipe.start:
-        told = to_dict(config) if config else {}
+        told = (to_dict(config) if config else {}) | ({"uncond": recipe.uncond} if recipe.uncond else {})
         overrides = [f"--{name}={json.dumps(told[name])}" for name in TOLD if name in told]
         made = loading.load(*recipe.start, variant=recipe.variant or None, overrides=overrides, seed=recipe.train.seed,
                             say=say)
     else:
         with torch.random.fork_rng():
             torch.manual_seed(recipe.train.seed)
-            made = DisCo(config)
+            made = DisCo(replace(config, uncond=recipe.uncond or config.uncond))
             made.start_controlnets()
     made.config = replace(made.config, size=(recipe.data.width, recipe.data.height))
     return made.eval()

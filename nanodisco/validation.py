@@ -51,7 +51,7 @@ def _tensorboard(folder: Path, recipe: Recipe) -> Callable[[dict], None]:
 
     def write(line: dict) -> None:
         for name, value in line.items():
-            if name != "step":
+            if name != "step" and value is not None:
                 writer.add_scalar(name, value, line["step"])
         writer.flush()
     return write
@@ -62,7 +62,7 @@ def _wandb(folder: Path, recipe: Recipe) -> Callable[[dict], None]:
         import wandb
     except ImportError:
         raise InputError("train.logger: wandb is not installed; pip install wandb") from None
-    run = wandb.init(project="nanodisco", name=folder.name, dir=folder, id=folder.name, resume="allow")
+    run = wandb.init(project="nanodisco", name=folder.name, dir=folder)
     return lambda line: run.log(line, step=line["step"])
 
 
@@ -91,7 +91,7 @@ def _of_dancers(model: DisCo, recipe: Recipe) -> tuple[dict, list]:
 
 def _of_rows(model: DisCo, recipe: Recipe) -> tuple[dict, list]:
     """Rows of `data.validation`, from all over the set."""
-    config = replace(recipe.data, path=recipe.data.validation)
+    config = replace(recipe.data, path=recipe.data.validation, crop=(), slide=False)
     rows = Training(config, model.config.clip, model.pose is not None, recipe.train.seed)
     places = np.linspace(0, len(rows) - 1, min(recipe.train.validate_count, len(rows))).astype(int)
     shown, frames, columns = recipe.data.frames, [], {"psnr": [], "ssim": []}
@@ -122,7 +122,7 @@ SMOOTH = 0.05                                            # share of the points t
 
 def curve(log: Path, picture: Path) -> None:
     """The loss of the logged steps, and its running mean, over a logarithmic axis."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     points = [(line["step"], line["loss"]) for line in lines if line.get("loss", 0) > 0]
     if len(points) < 2:
         return

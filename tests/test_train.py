@@ -154,10 +154,11 @@ def test_parts_of_a_batch_add_up(place):
     assert difference(place / "a", place / "b") < 1e-5
 
 
-@pytest.mark.parametrize("more", [(), ("--train.accumulate=2",), ("--train.checkpointing=true",)], ids=str)
+@pytest.mark.parametrize("more", [(), ("--train.accumulate=2",), ("--train.checkpointing=true",),
+                                  ("--train.clip=true",), ("--train.lora_rank=2", "--train.unet=crossattn")], ids=str)
 def test_two_processes_are_as_one(place, more):
     """11 clips in batches of 4: the last batch of an epoch has 3, and leaves one part empty."""
-    trained(place, "one")
+    trained(place, "one", *more)
     subprocess.run(command(place, "two", *more, ranks=2), env=environment(), check=True, capture_output=True)
     assert difference(place / "one", place / "two") < 1e-5
 
@@ -225,6 +226,17 @@ def test_a_run_in_two_pieces_is_the_whole_run(place):
     assert same(whole, trained(place, "pieces", "--train.keep=0", "--resume=force"))
 
 
+def test_three_processes_that_go_on_end_with_the_bits_of_those_that_were_not_stopped(place):
+    """Three add in an order, so it must not depend on when a process began."""
+    more = ("--train.batch=3", "--train.keep=0", "--resume=force")
+    for out in ("whole", "pieces"):
+        subprocess.run(command(place, out, *more, ranks=3), env=environment(), check=True, capture_output=True)
+    for step in (4, 6):
+        shutil.rmtree(place / "pieces" / f"step-{step:07}")
+    subprocess.run(command(place, "pieces", *more, ranks=3), env=environment(), check=True, capture_output=True)
+    assert same(tensors(place / "whole"), tensors(place / "pieces"))
+
+
 def killed_and_resumed(place: Path, ranks: int, kills: int, seed: int) -> bool:
     """Are the last bits of a run that was killed so often those of one that was not?
 
@@ -264,7 +276,6 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(place, capsys):
     found, about = checkpoint.newest(place / "a", print)
     assert found.name == "step-0000004" and about["step"] == 4
     assert "step-0000006 is damaged (training.safetensors)" in capsys.readouterr().out
-    shutil.rmtree(newest.parent)
     assert same(whole, trained(place, "a", "--train.keep=0", "--resume=auto"))
 
 
@@ -355,10 +366,13 @@ def test_pre_training_has_no_pose_and_its_weights_go_into_the_next_stage(place, 
 
 
 def test_a_folder_that_another_process_trains_in_is_refused(place):
-    claim = checkpoint.lock(place / "a")
+    code = f"from pathlib import Path; from nanodisco import checkpoint; claim = checkpoint.lock(Path({str(place / 'a')!r}))"
+    other = subprocess.Popen([sys.executable, "-c", code + "; print(1, flush=True); input()"], env=environment(),
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
     with pytest.raises(InputError, match="another process trains there"):
         trained(place, "a")
-    claim.close()
+    other.communicate(b"\n")
     trained(place, "a")
 
 
@@ -432,6 +446,8 @@ def test_steps_that_are_made_again_are_logged_once(place):
     ("--data.kind=dancer", "expected one of dancers, tsv"),
     ("--start=[pretrained/last]", "it is what this stage goes on"),
     ("--train.precision=fp8", "expected one of fp32"), ("--model=null", "neither model nor start"),
+    ("--train.keep=-1", "0 or more"), ("--data.workers=-1", "0 or more"), ("--train.betas=[0.9, 1.5]", "below 1"),
+    ("--device=foo", "is not there"), ("--data.width=17", "multiple of 2"), ("--data.frames=3", "a picture model"),
     ("--train.epochs=2", "expected one of them"), ("--train.steps=0", "expected one of them"),
     ("--data={kind: tsv}", "data.path is missing"), ("--train.ema=2", "expected 0 to 1")])
 def test_bad_recipes_are_refused(place, argument, words):
@@ -454,6 +470,28 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_checkpoint
 
 
 ORIGINAL = start.Loss.forward
+
+
+def test_a_reference_is_dropped_as_in_the_official_program():
+    made = recipe.load(ROOT / "config" / "finetune_cfg.yaml", ["--start=[]"])
+    assert made.uncond == "clip-zero"
+
+
+def test_another_network_is_refused_even_by_force(place):
+    trained(place, "a")
+    with pytest.raises(InputError, match="another network"):
+        trained(place, "a", "--resume=force", "--model.unet.widths=[32, 32]", "--train.steps=8")
+
+
+def test_what_stands_for_no_reference_can_be_chosen_for_a_stage(place):
+    net = start.model(recipe.load(place / "tiny.yaml", ["--uncond=clip-zero"]), print)
+    assert net.config.uncond == "clip-zero"
+
+
+def test_a_folder_that_cannot_be_written_is_refused(place):
+    (place / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        trained(place, "file/a")
 
 
 def test_fields_of_a_recipe_survive_the_file(place):

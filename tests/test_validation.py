@@ -116,6 +116,16 @@ def test_a_logger_that_is_not_installed_is_named_with_its_pip_line(place, monkey
         trained(place, "a", f"--train.logger={name}")
 
 
+def test_rows_to_validate_on_are_not_cropped(place):
+    for split in ("train", "held-out"):
+        prepare_data.main(["dancers", "--out", str(place / split), "--clips", "1", "--frames", "2", "--size", "16",
+                           "--format", "tsv", "--split", split])
+    trained(place, "a", f"--data={{kind: tsv, path: {place}/train/train.yaml, width: 16, height: 16, crop: [0.3, 0.4]}}",
+            f"--data.validation={place}/held-out/held-out.yaml", *LOOK)
+    sheet = np.asarray(Image.open(place / "a" / "validation" / "step-0000006.png"))
+    assert np.array_equal(sheet[8:40:2, 88:120:2], dancers.sample(*[dancers.HELD_OUT] * 3, 0, 16).picture)
+
+
 def test_ticks_are_round_numbers_between_the_ends():
     assert validation._ticks(0.09, 6) == [0.1, 0.2, 0.5, 1, 2, 5]
     assert validation._ticks(0.21, 0.26) == [0.22, 0.24, 0.26]
