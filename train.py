@@ -44,13 +44,6 @@ def main(argv: list[str] | None = None) -> None:
     model = start.model(recipe, say).to(world.device)
     if world.device != "cpu":
         model = model.to(memory_format=torch.channels_last)
-    if recipe.data.frames > 1 and not model.config.unet.temporal:
-        raise InputError(f"data.frames is {recipe.data.frames}, but this is a picture model; expected 1, or variant: "
-                         "temporal (model.unet.temporal: true)")
-    for side in ("width", "height"):
-        if getattr(recipe.data, side) % model.config.vae.factor:
-            raise InputError(f"data.{side} is {getattr(recipe.data, side)}; expected a multiple of "
-                             f"{model.config.vae.factor}, the latent factor of this model")
     names = [name for name, _ in model.named_parameters()]
     if recipe.stage == "vae":
         names = [name for name in names if name.startswith("vae.")]
@@ -76,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     if not resumed and recipe.stage == "vae" and model.config.vae.linear and not recipe.start:
         start.principal_components(model, dataset)
     optimizer = torch.optim.AdamW(parameters, lr=t.lr, betas=t.betas, weight_decay=t.weight_decay, fused=True)
-    average = optim.Average(model.named_parameters()) if t.ema else None
+    average = optim.Average(model.named_parameters()) if t.ema and world.rank == 0 else None
     scaler = torch.amp.GradScaler(world.device.split(":")[0]) if t.precision == "fp16" else None
     state = checkpoint.State(model, optimizer, average, scaler)
     if resumed:

@@ -127,8 +127,8 @@ def restore(place: Path, about: dict, state: State) -> None:
     held = {name.removeprefix("weight."): tensor.shape for name, tensor in (model | training).items()}
     other = [name for name, tensor in state.model.state_dict().items() if held.get(name) != tensor.shape]
     if other:
-        raise InputError(f"{place} holds another network than the recipe's ({', '.join(other[:3])}, …); give it the one "
-                         "that it had, or begin anew with another --out= and start: [" + str(place) + "]")
+        raise InputError(f"{place} holds another network than the recipe's ({', '.join(other[:3])}, …); give it the "
+                         f"one that it had, or begin anew with another --out= and --start=[{place}]")
     with torch.no_grad():
         for name, tensor in state.model.state_dict().items():
             tensor.copy_(training[f"weight.{name}"] if f"weight.{name}" in training else model[name])

@@ -158,8 +158,8 @@ def cropped(scene: Scene, config: DataConfig, seed: int) -> Scene:
         if picture.size != of.size:
             picture = picture.resize(of.size, Image.Resampling.BICUBIC)
         generator = torch.Generator().manual_seed(seed)
-        aspect = config.width / config.height
-        return picture.crop(crops.training_box(of.size, generator, config.crop, config.slide, aspect))
+        wanted = (config.width, config.height)
+        return picture.crop(crops.training_box(of.size, generator, config.crop, config.slide, wanted))
     return Scene([cut(frame, frame) for frame in scene.targets], [cut(frame, frame) for frame in scene.poses],
                  cut(scene.reference, scene.reference), cut(scene.mask, scene.reference),
                  [cut(mask, frame) for mask, frame in zip(scene.persons, scene.targets)])

@@ -118,15 +118,17 @@ def imagined(model: DisCo, of: list[Pair], steps: int, cfg: float, seed: int,
 
 @torch.no_grad()
 def generated(model: DisCo, reference: Tensor, background: Tensor, pose: Tensor | None, numbers: list[int],
-              steps: int, cfg: float, seed: int) -> Tensor:
+              steps: int, cfg: float, seed: int, graph: bool | None = None) -> Tensor:
     """Sampled by DDIM. A clip's frames are adjacent: R references, R or R F poses.   -> (R F, 3, H, W) in [0, 1]
 
     reference (R, 3, S, S), background (R, 3, H, W), pose (R F, 3, H, W); `numbers` of the R F pictures: their noise.
+    graph: see Guided.
     """
     factor, channels = model.config.vae.factor, model.config.vae.channels
     shape = (channels, background.shape[2] // factor, background.shape[3] // factor)
     shown = model.conditions(reference.to(model.device), background.to(model.device, model.dtype), None)
-    guided = Guided(model, shown.tokens, shown.background, model.unconditional_tokens(shown.tokens), cfg)
+    guided = Guided(model, shown.tokens, shown.background, model.unconditional_tokens(shown.tokens), cfg,
+                    graph=graph)
     z, frames = frame_noise(seed, numbers, shape).to(model.device), len(numbers) // len(reference)
     pose = None if pose is None else pose.to(model.device)
     if model.config.unet.temporal:

@@ -87,7 +87,8 @@ class Recipe:
                    ("train.precision", t.precision, ("fp32", "bf16", "fp16")),
                    ("train.logger", t.logger, ("", "tensorboard", "wandb")),
                    ("train.loss", t.loss, ("prediction", "epsilon", "v", "x0")),
-                   ("uncond", self.uncond, ("", "zeros", "clip-zero")), ("variant", self.variant, ("", "stage1", "image", "temporal")))
+                   ("uncond", self.uncond, ("", "zeros", "clip-zero")),
+                   ("variant", self.variant, ("", "stage1", "image", "temporal")))
         for name, value, allowed in choices:
             if value not in allowed:
                 raise InputError(f"{name} is {value!r}; expected one of {', '.join(filter(None, allowed))}")
@@ -99,8 +100,8 @@ class Recipe:
         if (t.steps > 0) == (t.epochs > 0) or min(t.steps, t.epochs) < 0:
             raise InputError(f"train.steps is {t.steps}, train.epochs {t.epochs}; expected one of them, 1 or more")
         for group in (t, d):
-            for name in ("keep", "workers", "seed", "lora_rank", "weight_decay", "min_snr", "person", "clip_norm", "first",
-                         "validate_every"):
+            for name in ("keep", "workers", "seed", "lora_rank", "weight_decay", "min_snr", "person", "clip_norm",
+                         "first", "validate_every"):
                 if getattr(group, name, 0) < 0:
                     raise InputError(f"{name} is {getattr(group, name)}; expected 0 or more")
         for name in ("warmup", "ema", "drop_reference", "drop_pose"):

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from nanodisco import loading
-from nanodisco.config import to_dict
+from nanodisco.config import ModelConfig, to_dict
 from nanodisco.data import Training
 from nanodisco.disco import Batch, DisCo, Draws
-from nanodisco.recipe import Recipe, TrainConfig
+from nanodisco.errors import InputError
+from nanodisco.recipe import DataConfig, Recipe, TrainConfig
 
 PICTURES = 400                         # that principal components are taken of
 TOLD = ("pose", "background", "diffusion", "tokens", "uncond")
@@ -22,7 +23,7 @@ def model(recipe: Recipe, say: Callable[[str], None]) -> DisCo:
     """From the files of `start`, or new, drawn from the recipe's seed. In float32; in eval mode: nothing drops out.
 
     Files say how large their networks are; the recipe's model says the rest: networks that they lack, tokens,
-    what is predicted.
+    what is predicted. InputError if the recipe's pictures are none for this model.
     """
     config = recipe.model if recipe.pose or recipe.model is None else replace(recipe.model, pose=None)
     if recipe.start:
@@ -35,8 +36,19 @@ def model(recipe: Recipe, say: Callable[[str], None]) -> DisCo:
             torch.manual_seed(recipe.train.seed)
             made = DisCo(replace(config, uncond=recipe.uncond or config.uncond))
             made.start_controlnets()
+    _require_fit(recipe.data, made.config)
     made.config = replace(made.config, size=(recipe.data.width, recipe.data.height))
     return made.eval()
+
+
+def _require_fit(data: DataConfig, config: ModelConfig) -> None:
+    if data.frames > 1 and not config.unet.temporal:
+        raise InputError(f"data.frames is {data.frames}, but this is a picture model; expected 1, or variant: temporal "
+                         "(model.unet.temporal: true)")
+    for side, pixels in (("width", data.width), ("height", data.height)):
+        if pixels % config.vae.factor:
+            raise InputError(f"data.{side} is {pixels}; expected a multiple of {config.vae.factor}, the latent factor "
+                             "of this model")
 
 
 def draws(net: DisCo, share: torch.Size, whole: int, train: TrainConfig, step: int) -> Draws:

@@ -24,8 +24,8 @@ run() {                                      # name, seconds, command…
 }
 
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    check=60 test=130 kernels=210 pipeline=75
-    small=() budget=(--seconds 170) sizes=(--dtype bf16 --rounds 5)
+    check=60 test=110 kernels=130 pipeline=175
+    small=() budget=(--seconds 100) sizes=(--dtype bf16 --rounds 5)
 else
     check=300 test=900 kernels=120 pipeline=300
     small=(-x) budget=() sizes=(--dtype fp32 --tiny --rounds 1)

@@ -75,7 +75,8 @@ def their_step(folder: Path, device: str, frames: int, side: int, channels_last:
     from diffusers.utils import logging
     logging.set_verbosity_error()                                        # it does not know DisCo's background hint
     _, step = diffusers(folder, torch.bfloat16, channels_last, compiled, frames, side, device)
-    return lambda: step(torch.tensor(481, device=device))
+    t = torch.tensor(481, device=device)
+    return lambda: step(t)
 
 
 def training_step(folder: Path, device: str, side: int, batch: int, kernels: str):
@@ -136,6 +137,13 @@ def main(arguments: list[str] | None = None) -> None:
     from bench_pipeline import write_weights
     result = {"machine": machine_and_versions(), "tiny": given.tiny}
     print(result["machine"])
+
+    def keep(key: str, found: dict | None) -> None:                      # at once: a benchmark may run out of time
+        result[key] = found
+        if given.json:
+            Path(given.json).parent.mkdir(parents=True, exist_ok=True)
+            Path(given.json).write_text(json.dumps(result, indent=1))
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_weights(folder, "bf16", given.tiny)
@@ -147,19 +155,16 @@ def main(arguments: list[str] | None = None) -> None:
                 for program, options in (OURS | THEIRS).items():
                     make = our_step if program in OURS else their_step
                     if program not in given.skip:
-                        result[f"{size} {frames} {program}"] = row(
-                            program, lambda: make(folder, device, frames, side, **options), device, frames, rounds)
+                        keep(f"{size} {frames} {program}", row(
+                            program, lambda: make(folder, device, frames, side, **options), device, frames, rounds))
             if "training" not in given.skip:
                 print(f"\ntraining, {size} x {size}, batch {batch}, bf16 autocast, forward and backward")
                 for kernels in ("auto", "torch"):
                     found = row(f"kernels {kernels}", lambda: training_step(folder, device, side, batch, kernels),
                                 device, batch, max(rounds // 4, 2))
-                    result[f"{size} training {kernels}"] = found
+                    keep(f"{size} training {kernels}", found)
                     if found:
                         print(f"  {'':22} {1000 * batch / found['ms']:9.1f} pictures a second")
-    if given.json:
-        Path(given.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(given.json).write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -366,8 +366,9 @@ def test_pre_training_has_no_pose_and_its_weights_go_into_the_next_stage(place, 
 
 
 def test_a_folder_that_another_process_trains_in_is_refused(place):
-    code = f"from pathlib import Path; from nanodisco import checkpoint; claim = checkpoint.lock(Path({str(place / 'a')!r}))"
-    other = subprocess.Popen([sys.executable, "-c", code + "; print(1, flush=True); input()"], env=environment(),
+    code = ("import sys; from pathlib import Path; from nanodisco import checkpoint; "
+            "claim = checkpoint.lock(Path(sys.argv[1])); print(1, flush=True); input()")
+    other = subprocess.Popen([sys.executable, "-c", code, str(place / "a")], env=environment(),
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     other.stdout.readline()
     with pytest.raises(InputError, match="another process trains there"):

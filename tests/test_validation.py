@@ -120,8 +120,8 @@ def test_rows_to_validate_on_are_not_cropped(place):
     for split in ("train", "held-out"):
         prepare_data.main(["dancers", "--out", str(place / split), "--clips", "1", "--frames", "2", "--size", "16",
                            "--format", "tsv", "--split", split])
-    trained(place, "a", f"--data={{kind: tsv, path: {place}/train/train.yaml, width: 16, height: 16, crop: [0.3, 0.4]}}",
-            f"--data.validation={place}/held-out/held-out.yaml", *LOOK)
+    trained(place, "a", f"--data={{kind: tsv, path: {place}/train/train.yaml, width: 16, height: 16}}",
+            "--data.crop=[0.3, 0.4]", f"--data.validation={place}/held-out/held-out.yaml", *LOOK)
     sheet = np.asarray(Image.open(place / "a" / "validation" / "step-0000006.png"))
     assert np.array_equal(sheet[8:40:2, 88:120:2], dancers.sample(*[dancers.HELD_OUT] * 3, 0, 16).picture)
 
