@@ -109,16 +109,17 @@ def windowed(guided: Guided, pose: Callable[[range], Tensor], parts: list[range]
 
     `pose` gives the pose pictures (1, 3, F, H, W) of a range of frames.
     """
+    networks = [guided(pose(part)) for part in parts]                    # each keeps what it makes of its poses
     if len(parts) == 1:
-        return guided(pose(parts[0]))
+        return networks[0]
 
     def predict(zt: Tensor, t: Tensor) -> Tensor:
         total, weights = torch.zeros_like(zt), torch.zeros(zt.shape[2], device=zt.device)
-        for part in parts:
+        for part, network in zip(parts, networks):
             near = torch.arange(1, len(part) + 1, device=zt.device)
             weight = torch.minimum(near, near.flip(0)).float()
             frames = slice(part.start, part.stop)
-            total[:, :, frames] += guided(pose(part))(zt[:, :, frames], t) * weight[:, None, None]
+            total[:, :, frames] += network(zt[:, :, frames], t) * weight[:, None, None]
             weights[frames] += weight
         return total / weights[:, None, None]
     return predict

@@ -82,6 +82,20 @@ def test_windows_cover_every_frame_with_the_overlap_or_more(frames, window, over
     assert all(one.stop - other.start >= overlap for one, other in zip(parts, parts[1:]))
 
 
+def test_the_poses_of_a_window_are_looked_at_once():
+    rows, layer = [], model("temporal").pose.hint.conv_in
+    hook = layer.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    try:
+        pose, z = given("t_pose")[:1, :, :3], given("t_latents")[:1, :, :3]
+        predict = windowed(guided("temporal"), lambda part: pose[:, :, part.start:part.stop], windows(3, 2, 1))
+        with torch.no_grad():
+            for t in (801, 401, 17):
+                predict(z, torch.full((1,), t))
+    finally:
+        hook.remove()
+    assert rows == [2, 2]                                                # two windows of two frames
+
+
 def test_windows_that_agree_are_joined_without_a_trace():
     def same(pose):
         return lambda z, t: 2 * z

@@ -217,13 +217,26 @@ def test_an_epoch_shows_every_sample_once_in_an_order_of_its_own():
 
 # ---- Stopped and gone on with ------------------------------------------------------------------------------------
 
-def test_a_run_in_two_pieces_is_the_whole_run(place):
-    whole = trained(place, "whole")
+@pytest.mark.parametrize("more", [(), ("--train.precision=fp16",), ("--train.precision=bf16", "--data.workers=1"),
+                                  ("--train.lora_rank=2", "--train.unet=crossattn")], ids=str)
+def test_a_run_in_two_pieces_is_the_whole_run(place, more):
+    whole = trained(place, "whole", *more)
     run = place / "pieces"
-    trained(place, "pieces", "--train.keep=0")
+    trained(place, "pieces", "--train.keep=0", *more)
     for step in (4, 6):
         shutil.rmtree(run / f"step-{step:07}")
-    assert same(whole, trained(place, "pieces", "--train.keep=0", "--resume=force"))
+    assert same(whole, trained(place, "pieces", "--train.keep=0", "--resume=auto", *more))
+
+
+def test_the_scale_of_an_fp16_loss_goes_on(place, monkeypatch):
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device: SCALER(device, init_scale=1024.0, growth_interval=2))
+    scales = []
+    for _ in range(2):
+        trained(place, "a", "--train.precision=fp16", "--train.keep=0", "--resume=auto")
+        scales.append(checkpoint.newest(place / "a", print)[1]["scaler"])
+        for step in (4, 6):
+            shutil.rmtree(place / "a" / f"step-{step:07}")
+    assert scales[0] == scales[1] and scales[0]["scale"] == 1024 * 2 ** 3        # doubled every other step
 
 
 def test_three_processes_that_go_on_end_with_the_bits_of_those_that_were_not_stopped(place):
