@@ -170,7 +170,7 @@ def _guided(model: DisCo, given: Namespace, shown: Shown, start: "Start", times:
                             start.background_noise(len(shown.background)))
     uncond = model.unconditional_tokens(seen.tokens)
     return Guided(model, seen.tokens, seen.background, uncond, given.cfg, given.pose_scale, given.background_scale,
-                  cache=not given.no_cache, times=times)
+                  cache=not given.no_cache, times=times, compiled=given.compile)
 
 
 def _steps(model: DisCo, given: Namespace, guided: Guided, shown: Shown, start: "Start", frames: range) -> Iterator:

@@ -1,5 +1,7 @@
 """Graph: a function of tensors captured once as a CUDA graph and replayed, one launch instead of fifteen hundred.
 
+    step = Captured(Compiled(step))    # or either alone
+
 At one frame a step of the networks takes a GPU less time than Python needs to ask for it, kernel by kernel.
 A graph remembers all kernels and the memory that each reads and writes. So what changes from call to call is
 copied into buffers of its own, the answer is copied out, and inputs of another shape get another graph.
@@ -12,6 +14,18 @@ from torch import Tensor
 
 KEPT = 2                               # shapes whose graphs stay: batches of a track, and the shorter last one
 WARM_UP = 3                            # calls before capturing: libraries choose kernels and make workspaces
+
+
+class Compiled:
+    """`function` through torch.compile, from its second call on: the first one fills Memos, in vain for a compiler."""
+
+    def __init__(self, function: Callable[..., Tensor]):
+        self.function, self.compiled = function, torch.compile(function, dynamic=False)
+        self.begun = False
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        function, self.begun = self.compiled if self.begun else self.function, True
+        return function(*inputs)
 
 
 class Captured:

@@ -5,20 +5,45 @@
     guided = Guided(model, tokens, background, uncond, guidance=1.5)   # once a reference
     predict = guided(pose)                                             # once a batch of frames
 """
-import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nanodisco import diffusion
 from nanodisco.disco import Conditions, DisCo
-from nanodisco.graph import Captured
+from nanodisco.graph import Captured, Compiled
 from nanodisco.memo import Memo
 from nanodisco.temporal import fold
 from nanodisco.transformer import Context
 
 Predict = Callable[[Tensor, Tensor], Tensor]      # (zt, t (B,)) -> eps or v, of zt's shape
+
+
+@dataclass(eq=False)
+class Kept:
+    """The networks with guidance and all that they are shown from step to step, each part of it a Memo."""
+    model: DisCo
+    tokens: Memo
+    background: Memo | None
+    guidance: float
+    blind: bool                        # no reference is zeros, which are not attended to
+    scales: tuple[float, float]
+
+    def answer(self, zt: Tensor, t: Memo, hint: Memo | None) -> Tensor:
+        """eps or v of zt; hint: the pose pictures."""
+        half, context = fold(zt)[0].shape[0], Context(self.tokens)
+        if self.guidance > 1:
+            context = Context(self.tokens, rows=2 * half, blind=half if self.blind else 0)
+        return _mixed(self.model(zt, t, Conditions(context, hint, self.background), *self.scales), self.guidance)
+
+    def step(self, zt: Tensor, t: Tensor, hint: Tensor | None = None) -> Tensor:
+        """The same of nothing but tensors, for a graph or a compiler.
+
+        hint: what the pose net's first layers make of the pose pictures. The time embedding is made anew.
+        """
+        return self.answer(zt, Memo(t), None if hint is None else Memo.made(self.model.pose.hint, hint))
 
 
 class Guided:
@@ -31,53 +56,43 @@ class Guided:
     With `cache` nothing is computed twice: keys and values of the tokens, pose and background hints and the
     time embeddings are kept; both halves are one until the first cross-attention; tokens of zeros are not
     attended to. `times` may be shared by all Guided of one model: the steps are the same.
-    With `graph` (None: on a GPU, with `cache`) all of a step is one CUDA graph; it makes the time embedding anew.
+    On top of that all of a step can be one CUDA graph (`graph`; None: on a GPU), compiled before (`compiled`).
     """
 
     def __init__(self, model: DisCo, tokens: Tensor, background: Tensor | None, uncond: Tensor, guidance: float = 1.0,
                  pose_scale: float = 1.0, background_scale: float = 1.0, cache: bool = True,
-                 times: dict[int, Memo] | None = None, graph: bool | None = None):
-        self.model, self.guidance, self.cache = model, guidance, cache
-        self.scales = (pose_scale, background_scale)
+                 times: dict[int, Memo] | None = None, graph: bool | None = None, compiled: bool = False):
+        self.model, self.guidance, self.scales = model, guidance, (pose_scale, background_scale)
         self.times = {} if times is None else times
         self.background = None if background is None else background.to(model.dtype)
-        self.blind = cache and guidance > 1 and not uncond.any()
-        halves = [tokens] if guidance <= 1 or self.blind else [uncond, tokens]
+        blind = cache and guidance > 1 and not uncond.any()
+        halves = [tokens] if guidance <= 1 or blind else [uncond, tokens]
         self.tokens = torch.cat(halves).to(model.dtype)
+        self.kept = self.step = None
         if cache:
-            self.tokens = Memo(self.tokens, keep=True)
-            self.background = None if background is None else Memo(self.background, keep=True)
-        graph = cache and tokens.is_cuda if graph is None else graph
-        step = weakref.WeakMethod(self._step)                            # its graphs' memory goes when this goes
-        self.captured = Captured(lambda *inputs: step()(*inputs)) if graph else None
+            shown = (None if x is None else Memo(x, keep=True) for x in (self.tokens, self.background))
+            self.kept = Kept(model, *shown, guidance, blind, self.scales)
+            graph = tokens.is_cuda if graph is None else graph
+            step = Compiled(self.kept.step) if compiled else self.kept.step
+            self.step = Captured(step) if graph else step if compiled else None
 
     def __call__(self, pose: Tensor | None) -> Predict:
         """pose (B, 3, [F,] H, W) in [0, 1] -> the network for these pictures"""
         pose = None if pose is None else pose.to(self.model.dtype)
-        if self.captured:
-            return self._replayed(pose)
-        return self._kept(pose) if self.cache else self._plain(pose)
+        if self.kept is None:
+            return self._plain(pose)
+        return self._by_step(pose) if self.step else self._by_memos(pose)
 
-    def _kept(self, pose: Tensor | None) -> Predict:
+    def _by_memos(self, pose: Tensor | None) -> Predict:
         hint = None if pose is None else Memo(fold(pose)[0], keep=True)
 
         def predict(zt: Tensor, t: Tensor) -> Tensor:
-            return self._answered(zt, self.times.setdefault(int(t[0]), Memo(t[:1], keep=True)), hint)
+            return self.kept.answer(zt, self.times.setdefault(int(t[0]), Memo(t[:1], keep=True)), hint)
         return predict
 
-    def _replayed(self, pose: Tensor | None) -> Predict:
+    def _by_step(self, pose: Tensor | None) -> Predict:
         hint = () if pose is None else (self.model.pose.hint(fold(pose)[0]),)
-        return lambda zt, t: self.captured(zt, t[:1], *hint)
-
-    def _step(self, zt: Tensor, t: Tensor, hint: Tensor | None = None) -> Tensor:
-        """For a graph: a function of nothing but tensors. hint: what the pose net's first layers make of the pose"""
-        return self._answered(zt, Memo(t), None if hint is None else Memo.made(self.model.pose.hint, hint))
-
-    def _answered(self, zt: Tensor, t: Memo, hint: Memo | None) -> Tensor:
-        half, context = fold(zt)[0].shape[0], Context(self.tokens)
-        if self.guidance > 1:
-            context = Context(self.tokens, rows=2 * half, blind=half if self.blind else 0)
-        return self._answer(self.model(zt, t, Conditions(context, hint, self.background), *self.scales))
+        return lambda zt, t: self.step(zt, t[:1], *hint)
 
     def _plain(self, pose: Tensor | None) -> Predict:
         """official: both halves go through as one batch, the unconditional one first."""
@@ -88,11 +103,12 @@ class Guided:
 
         def predict(zt: Tensor, t: Tensor) -> Tensor:
             shown = Conditions(self.tokens, twice(pose), twice(self.background))
-            return self._answer(self.model(twice(zt), twice(t), shown, *self.scales))
+            return _mixed(self.model(twice(zt), twice(t), shown, *self.scales), self.guidance)
         return predict
 
-    def _answer(self, out: Tensor) -> Tensor:
-        return out if self.guidance <= 1 else diffusion.guide(*out.chunk(2), self.guidance)
+
+def _mixed(out: Tensor, guidance: float) -> Tensor:
+    return out if guidance <= 1 else diffusion.guide(*out.chunk(2), guidance)
 
 
 def windows(frames: int, window: int, overlap: int) -> list[range]:

@@ -24,16 +24,17 @@ run() {                                      # name, seconds, command…
 }
 
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    check=60 test=110 kernels=130 pipeline=175
+    gpu=yes check=60 test=110 kernels=130 pipeline=175
     small=() budget=(--seconds 100) sizes=(--dtype bf16 --rounds 5)
 else
-    check=300 test=900 kernels=120 pipeline=300
+    gpu=no check=300 test=900 kernels=120 pipeline=300
     small=(-x) budget=() sizes=(--dtype fp32 --tiny --rounds 1)
 fi
 
 run compile_kernels $check env -u TRITON_INTERPRET python tests/compile_kernels.py
 run tests $test python -m pytest "${small[@]}" tests/test_kernels_*.py
 run bench_kernels $kernels python tests/bench_kernels.py "${budget[@]}" --json "$out/bench_kernels.json"
+[ $gpu = no ] || run roofline 20 python tests/roofline.py "$out/bench_kernels.json" "$out/roofline.png"
 run bench_pipeline $pipeline python tests/bench_pipeline.py "${sizes[@]}" --json "$out/bench_pipeline.json"
 printf '\n%s s; JSON and text in %s\n' "$SECONDS" "$out"
 exit $failed

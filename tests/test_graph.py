@@ -63,6 +63,30 @@ def test_a_step_as_a_graph_gives_the_same_answers(monkeypatch, variant, uncond):
     assert len(made) == 1
 
 
+@pytest.mark.parametrize("variant", ["image", "temporal"])
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_compiled_step_gives_the_same_answers_without_a_break(monkeypatch, variant, captured):
+    """Traced whole by torch.compile's front end, once; its back end, which takes minutes, is PyTorch's own."""
+    monkeypatch.setattr(graph, "record_cuda", recorder([]))
+    traced = []
+
+    def backend(module, inputs):
+        traced.append(module)
+        return module.forward
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: compiler(function, dynamic=dynamic, backend=backend,
+                                                                             fullgraph=True))
+    torch._dynamo.reset()
+    tokens, background = given("tokens")[:1], given("bg_latents")[:1]
+    z, pose = (given("latents"), given("pose")) if variant == "image" else (given("t_latents")[:1], given("t_pose")[:1])
+    shown = (model(variant), tokens, background, torch.zeros_like(tokens), 3.0)
+    net, plain = Guided(*shown, graph=captured, compiled=True), Guided(*shown, cache=False)
+    for seen in (pose, pose.flip(0).flip(-1)):
+        wanted = answers(plain, z, seen)
+        assert (answers(net, z, seen) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert len(traced) == 1
+
+
 @needs_gpu
 def test_a_step_on_a_gpu_is_one_graph():
     net = model("image").cuda()
@@ -70,4 +94,4 @@ def test_a_step_on_a_gpu_is_one_graph():
     on, off = (Guided(net, tokens[:1], background[:1], torch.zeros_like(tokens[:1]), 3.0, graph=graph) for graph in
                (True, False))
     wanted = answers(off, z, pose)
-    assert (answers(on, z, pose) - wanted).abs().max() <= 1e-3 * wanted.abs().max() and on.captured.graphs
+    assert (answers(on, z, pose) - wanted).abs().max() <= 1e-3 * wanted.abs().max() and on.step.graphs

@@ -124,6 +124,18 @@ def test_batch_size_and_cache_change_no_frame(place, tmp_path, more):
     assert same(run(place, tmp_path, *scheduler, out="a"), run(place, tmp_path, *more, out="b"))
 
 
+def test_compiled_networks_make_the_same_frames(place, tmp_path, monkeypatch):
+    """Packed layers too; by torch.compile's front end alone, its back end takes minutes."""
+    compiler, ran = torch.compile, []
+
+    def compile(function, dynamic):
+        ran.append(function)
+        return compiler(function, dynamic=dynamic, backend="eager")
+    monkeypatch.setattr(torch, "compile", compile)
+    usual, compiled = run(place, tmp_path), run(place, tmp_path, "--compile", out="compiled")
+    assert ran and np.abs(usual.astype(int) - compiled).max() <= 1
+
+
 def test_fewer_frames_are_the_first_of_more(place, tmp_path):
     few = run(place, tmp_path, "-L", 3, out="a")
     assert len(few) == 3 and same(few, run(place, tmp_path, out="b")[:3])
@@ -342,7 +354,7 @@ def test_nobody_in_a_pose_is_drawn_black_and_said(place, tmp_path, capsys):
 @pytest.mark.parametrize("more, words", [
     (["-W", 250], "248 or 256"), (["-W", 68], "multiple of 8"), (["--steps", 0], "1 to 1000"),
     (["--steps", 2000], "1 to 1000"), (["--batch", 0], "--batch"), (["--cfg", "nan"], "--cfg"), (["-L", 0], "--length"),
-    (["--device", "cuda:9"], "cuda:9 is not there"), (["--device", "tpu"], "tpu is not there"),
+    (["--compile", "--no-cache"], "do not go together"), (["--device", "cuda:9"], "cuda:9 is not there"), (["--device", "tpu"], "tpu is not there"),
     (["--format", "avi"], "avi"), (["--pose-size", "10"], "WxH"), (["--overlap", 16], "--overlap"),
     (["--fps", 0], "--fps"),
     (["--latents", __file__], "not a safetensors file"), (["--out", __file__], "already there"),
