@@ -139,7 +139,7 @@ def curve(log: Path, picture: Path) -> None:
     for loss in _ticks(np.exp(low), np.exp(high)):
         draw.line([at(steps[0], loss), at(steps[-1], loss)], "#dddddd", FINE)
         draw.text((at(steps[0], loss)[0] - 8 * FINE, at(steps[0], loss)[1]), f"{loss:g}", "#444444", font, anchor="rm")
-    for step in np.linspace(steps[0], steps[-1], 6).round():
+    for step in _marks(steps[0], steps[-1]):
         draw.text((at(step, 1.0)[0], (HIGH - BELOW + 12) * FINE), f"{step:g}", "#444444", font, anchor="mt")
     draw.text((WIDE // 2 * FINE, (HIGH - 6) * FINE), "step", "#444444", font, anchor="mb")
     draw.text((8 * FINE, 8 * FINE), "loss", "#444444", font, anchor="lt")
@@ -158,3 +158,10 @@ def _ticks(low: float, high: float) -> list[float]:
         if len(found) >= 3:
             break
     return found
+
+
+def _marks(first: float, last: float) -> list[float]:
+    """Three to eight multiples of 1, 2 or 5 times a power of ten between the two."""
+    power = 10.0 ** math.floor(math.log10(last - first))
+    apart = next(power * part for part in (2, 1, 0.5, 0.2) if (last - first) / (power * part) >= 3)
+    return list(np.arange(math.ceil(first / apart), math.floor(last / apart) + 1) * apart)

@@ -129,3 +129,9 @@ def test_rows_to_validate_on_are_not_cropped(place):
 def test_ticks_are_round_numbers_between_the_ends():
     assert validation._ticks(0.09, 6) == [0.1, 0.2, 0.5, 1, 2, 5]
     assert validation._ticks(0.21, 0.26) == [0.22, 0.24, 0.26]
+
+
+@pytest.mark.parametrize("first, last, marks", [(50, 6500, [2000, 4000, 6000]), (1, 100, [20, 40, 60, 80, 100]),
+                                                (10, 500, [100, 200, 300, 400, 500]), (1, 6, [1, 2, 3, 4, 5, 6])])
+def test_steps_are_marked_at_round_numbers(first, last, marks):
+    assert validation._marks(first, last) == pytest.approx(marks)
