@@ -45,8 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     if world.device != "cpu":
         model = model.to(memory_format=torch.channels_last)
     names = [name for name, _ in model.named_parameters()]
-    if recipe.stage == "vae":
-        names = [name for name in names if name.startswith("vae.")]
+    if recipe.stage != "diffusion":
+        names = [name for name in names if name.startswith(start.VAE_PARTS[recipe.stage])]
     else:
         names = optim.trainable(names, t.unet, t.freeze_pose, t.freeze_background, t.only_pose, t.substring_fault,
                                 t.clip)
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         optim.checkpoint_activations(model)
 
     batches = data.loader(dataset, t.batch, state.step, steps, world.rank, world.size, recipe.data.workers)
-    network = start.VAELoss(model, t) if recipe.stage == "vae" else start.Loss(model, t)
+    network = start.Loss(model, t) if recipe.stage == "diffusion" else start.VAELoss(model, t)
     if world.size > 1:
         # unused parameters are looked for so that DDP keeps its first buckets: new ones add in another order, and a
         # run that goes on would differ in its last bits

@@ -49,6 +49,7 @@ class TrainConfig:
     loss: str = "prediction"           # what the error is measured on: prediction | epsilon | v | x0
     min_snr: float = 0.0               # cap of the weight of a step; 0: all steps alike
     person: float = 1.0                # how many times the places count where the target shows the person; 1: as all
+    latent_noise: float = 0.0          # decoder: std of what latents are disturbed by, from 0 to this; 0: by nothing
     drop_reference: float = 0.0        # share of samples trained without reference, for guidance
     drop_whole_batch: bool = False     # official: one coin for all references of a batch
     drop_pose: float = 0.0             # share of frames trained without pose
@@ -72,7 +73,7 @@ class TrainConfig:
 class Recipe:
     data: DataConfig
     train: TrainConfig
-    stage: str = "diffusion"           # or vae: nothing but the pictures' way to latents and back
+    stage: str = "diffusion"           # or vae: the pictures' way to latents and back | decoder: only the way back
     pose: bool = True                  # false: without a pose net, as in attribute pre-training
     model: ModelConfig | None = None   # None: as the files of `start` say; with both, files say the sizes they have
     start: tuple[str, ...] = ()        # weights to start from; later files win
@@ -82,7 +83,7 @@ class Recipe:
 
     def __post_init__(self):
         t, d = self.train, self.data
-        choices = (("stage", self.stage, ("diffusion", "vae")), ("data.kind", d.kind, ("dancers", "tsv")),
+        choices = (("stage", self.stage, ("diffusion", "vae", "decoder")), ("data.kind", d.kind, ("dancers", "tsv")),
                    ("data.reference", d.reference, ("first", "random", "same")),
                    ("train.precision", t.precision, ("fp32", "bf16", "fp16")),
                    ("train.logger", t.logger, ("", "tensorboard", "wandb")),
@@ -101,7 +102,7 @@ class Recipe:
             raise InputError(f"train.steps is {t.steps}, train.epochs {t.epochs}; expected one of them, 1 or more")
         for group in (t, d):
             for name in ("keep", "workers", "seed", "lora_rank", "weight_decay", "min_snr", "person", "clip_norm",
-                         "first", "validate_every"):
+                         "latent_noise", "first", "validate_every"):
                 if getattr(group, name, 0) < 0:
                     raise InputError(f"{name} is {getattr(group, name)}; expected 0 or more")
         for name in ("warmup", "ema", "drop_reference", "drop_pose"):
@@ -120,6 +121,11 @@ class Recipe:
         if d.crop and not (len(d.crop) == 2 and 0 < d.crop[0] <= d.crop[1] <= 1) or d.slide and not d.crop:
             raise InputError(f"data.crop is {list(d.crop)}; expected two shares of the area, as [0.5, 1.0]"
                              + (", for data.slide" if d.slide else ""))
+        if self.stage == "decoder" and not self.start:
+            raise InputError("start is missing; stage decoder goes on from the weights of a VAE")
+        if t.latent_noise and self.stage != "decoder":
+            raise InputError(f"train.latent_noise is {t.latent_noise} in stage {self.stage}; expected 0, or stage decoder: "
+                             "an encoder would only speak louder")
         if self.model is None and not self.start:
             raise InputError("neither model nor start is given; expected a configuration, or weights to start from")
 

@@ -16,6 +16,7 @@ from nanodisco.errors import InputError
 from nanodisco.recipe import DataConfig, Recipe, TrainConfig
 
 PICTURES = 400                         # that principal components are taken of
+VAE_PARTS = {"vae": "vae.", "decoder": ("vae.decoder.", "vae.from_latent.", "vae.linear_out.")}       # that train
 TOLD = ("pose", "background", "diffusion", "tokens", "uncond")
 
 
@@ -80,11 +81,12 @@ class VAELoss(nn.Module):
     def __init__(self, model: DisCo, train: TrainConfig):
         super().__init__()
         self.vae, self.person = model.vae, train.person
+        self.noise = train.latent_noise / model.config.vae.scaling / model.config.diffusion.steps
 
     def forward(self, samples: dict[str, Tensor], draws: Draws) -> Tensor:
         """Of a part of a batch, its mean.   -> ()"""
-        noise = draws.target.to(samples["target"].device)
-        return self.vae.loss(samples["target"], noise, 1 + (self.person - 1) * samples["person"])
+        noise, steps = (x.to(samples["target"].device) for x in (draws.target, draws.timesteps))
+        return self.vae.loss(samples["target"], noise, 1 + (self.person - 1) * samples["person"], self.noise * steps)
 
 
 class Loss(nn.Module):

@@ -182,14 +182,18 @@ class VAE(nn.Module):
         """The inverse: z (B, C, h, w), scaled -> (B, 3, H, W) in [0, 1]"""
         return (self.decode(z / self.scaling) / 2 + 0.5).clamp(0, 1)
 
-    def loss(self, x: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
+    def loss(self, x: Tensor, noise: Tensor, weight: Tensor, disturbed: Tensor) -> Tensor:
         """How much is lost on the way, with the price of the latent's information.   -> ()
 
         |x' - x| + (x' - x)^2 + 1/2 |gradient of x' - gradient of x|, each pixel times `weight` (B, 1, H, W), plus
         KL_WEIGHT times the divergence of q(z | x) from N(0, 1) a latent number (arXiv:1312.6114, appendix B).
+
+        disturbed (B,): standard deviation of what is added to a latent besides. A decoder that has seen none
+        but clean latents makes speckles of the small errors of a diffusion model (arXiv:2510.11690).
         """
         posterior = self.encode(x)
-        wrong = (self.decode(posterior.sample(noise)) - x).float()
+        latent = posterior.sample(noise) + disturbed[:, None, None, None] * noise
+        wrong = (self.decode(latent) - x).float()
         error = (weight * (wrong.abs() + wrong.square())).mean()
         for axis in (2, 3):
             error = error + 0.5 * (weight.narrow(axis, 1, weight.shape[axis] - 1) * wrong.diff(dim=axis).abs()).mean()

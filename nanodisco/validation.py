@@ -84,8 +84,8 @@ def _of_dancers(model: DisCo, recipe: Recipe) -> tuple[dict, list]:
     first = recipe.data.first - dancers.HELD_OUT                         # one held-out person's own model?
     of = judge.pairs(recipe.train.validate_count, SEED, recipe.data.height, same=model.pose is None,
                      person=first if first >= 0 else None)
-    made = judge.through_vae(model, of) if recipe.stage == "vae" else judge.imagined(
-        model, of, STEPS, _guidance(recipe), SEED)
+    made = judge.imagined(model, of, STEPS, _guidance(recipe), SEED) if recipe.stage == "diffusion" else (
+        judge.through_vae(model, of))
     return judge.scores(made, of), judge.sheet(made, of)
 
 
@@ -98,7 +98,7 @@ def _of_rows(model: DisCo, recipe: Recipe) -> tuple[dict, list]:
     for number, i in enumerate(places):
         sample = {name: tensor[None] for name, tensor in rows[0, int(i)].items()}
         target, pose = fold(sample["target"])[0], fold(sample["pose"])[0] if "pose" in sample else None
-        if recipe.stage == "vae":
+        if recipe.stage != "diffusion":
             made = model.vae.to_picture(model.vae.to_latent(target.to(model.device)))
         else:
             made = judge.generated(model, sample["reference"], sample["background"], pose,

@@ -429,6 +429,17 @@ def test_a_vae_and_its_average_begin_at_principal_components(place):
     assert (begin - net.vae.linear_in.weight).abs().max() > 0.1
 
 
+def test_a_decoder_trains_on_latents_as_they_are(place):
+    """Of a VAE its way back alone, with noise up to what the recipe says."""
+    trained(place, "vae", "--stage=vae", "--pose=false")
+    flags = ("--stage=decoder", "--pose=false", f"--start=[{place / 'vae/last'}]", "--train.ema=0")
+    quiet, loud = trained(place, "quiet", *flags), trained(place, "loud", *flags, "--train.latent_noise=0.5")
+    begin = load_file(place / "vae" / "last" / "model.safetensors")
+    moved = {name for name in begin if not torch.equal(begin[name], loud[name])}
+    assert moved == {name for name in begin if name.startswith(("vae.decoder.", "vae.from_latent."))}
+    assert any(not torch.equal(quiet[name], loud[name]) for name in moved)
+
+
 def test_only_the_newest_checkpoints_stay(place):
     trained(place, "a")
     assert [path.name for path in checkpoint.found(place / "a")] == ["step-0000004", "step-0000006"]
@@ -460,6 +471,7 @@ def test_steps_that_are_made_again_are_logged_once(place):
     ("--data.kind=dancer", "expected one of dancers, tsv"),
     ("--start=[pretrained/last]", "it is what this stage goes on"),
     ("--train.precision=fp8", "expected one of fp32"), ("--model=null", "neither model nor start"),
+    ("--stage=decoder", "goes on from the weights of a VAE"), ("--train.latent_noise=0.1", "or stage decoder"),
     ("--train.keep=-1", "0 or more"), ("--data.workers=-1", "0 or more"), ("--train.betas=[0.9, 1.5]", "below 1"),
     ("--device=foo", "is not there"), ("--data.width=17", "multiple of 2"), ("--data.frames=3", "a picture model"),
     ("--train.epochs=2", "expected one of them"), ("--train.steps=0", "expected one of them"),

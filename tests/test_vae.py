@@ -1,4 +1,5 @@
 """The VAE is diffusers' AutoencoderKL, for any factor and latent; scaling and ranges of the two ways through."""
+import math
 from functools import cache
 
 import pytest
@@ -141,13 +142,24 @@ def test_a_loss_of_nothing_is_the_price_of_the_latent_alone():
     price = KL_WEIGHT * 0.5 * (posterior.mean ** 2 + posterior.logvar.exp() - 1 - posterior.logvar).mean()
     wrong = net.decode(posterior.mean) - x
     error = wrong.abs().mean() + wrong.square().mean() + sum(0.5 * wrong.diff(dim=d).abs().mean() for d in (2, 3))
-    got = net.loss(x, torch.zeros_like(posterior.mean), torch.ones(4, 1, 32, 32))
+    got = net.loss(x, torch.zeros_like(posterior.mean), torch.ones(4, 1, 32, 32), torch.zeros(4))
     assert got.item() == pytest.approx((error + price).item(), rel=1e-4)
 
 
 def test_pixels_count_by_their_weight():
     net, x = nano(room_pictures(4)), room_pictures(4)
-    noise, ones = torch.zeros(4, 8, 8, 8), torch.ones(4, 1, 32, 32)
-    price = net.loss(x, noise, 0 * ones)
-    torch.testing.assert_close(net.loss(x, noise, 3 * ones) - price, 3 * (net.loss(x, noise, ones) - price))
+    noise, ones, still = torch.zeros(4, 8, 8, 8), torch.ones(4, 1, 32, 32), torch.zeros(4)
+    price = net.loss(x, noise, 0 * ones, still)
+    torch.testing.assert_close(net.loss(x, noise, 3 * ones, still) - price,
+                               3 * (net.loss(x, noise, ones, still) - price))
+
+
+def test_the_decoder_sees_latents_disturbed_by_the_posterior_and_by_as_much_as_was_said():
+    net, x = nano(room_pictures(2)), room_pictures(2)
+    noise, seen = torch.randn(2, 8, 8, 8), []
+    net.from_latent.register_forward_pre_hook(lambda layer, given: seen.append(given[0]))
+    net.loss(x, noise, torch.ones(2, 1, 32, 32), torch.tensor([0.0, 0.3]))
+    by = (seen[0] - net.encode(x).mean) / noise
+    assert by[0].detach().mean().item() == pytest.approx(math.exp(LITTLE / 2), rel=1e-3)
+    assert by[1].detach().mean().item() == pytest.approx(math.exp(LITTLE / 2) + 0.3, rel=1e-3)
 

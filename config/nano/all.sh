@@ -1,14 +1,23 @@
 #!/usr/bin/env bash
 # The laptop chain: every stage from nothing, one after the other, then its scores. After an interruption it goes on.
 #
-#     bash config/nano/all.sh [--device=cuda …]        # more flags go to every train.py
+#     bash config/nano/all.sh [--device=cpu …]         # more flags go to every train.py
+#     PROCESSES=1 bash config/nano/all.sh              # if not one on each GPU, or two that share the CPU
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 run=output/nano
+processes=${PROCESSES:-$(python -c 'import torch; print(torch.cuda.device_count() or 2)')}
+cores=$(getconf _NPROCESSORS_ONLN)
 
-for stage in vae pretrain finetune_cfg temporal human_specific; do
-    python train.py config/nano/$stage.yaml --resume=auto "$@"
+train() {                              # train STAGE PROCESSES [flags of train.py]
+    # without GPUs: tensors of this size are too small to be cut up for many threads
+    OMP_NUM_THREADS=$(( cores > $2 ? cores / $2 : 1 )) torchrun --standalone --nproc-per-node="$2" \
+        train.py "config/nano/$1.yaml" --resume=auto "${@:3}"
+}
+for stage in vae decoder pretrain finetune_cfg temporal; do
+    train $stage "$processes" "$@"
 done
+train human_specific 1 "$@"            # of one picture at a time
 
 scores() {                             # scores NAME STAGE [flags of evaluate.py]
     [ -e "$run/$1.json" ] || python evaluate.py --weights "$run/$2/last" --json "$run/$1.json" --pictures "$run/$1.png" "${@:3}"
