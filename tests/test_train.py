@@ -530,7 +530,7 @@ RECIPES = sorted(path for path in (ROOT / "config").rglob("*.yaml") if "model" n
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_recipes_of_the_repository_can_be_read(path):
-    made = recipe.load(path, ["--start=[]", f"--model={json.dumps(MODEL)}"])     # the files to start from are not here
+    made = recipe.load(path, ["--start=[.]", f"--model={json.dumps(MODEL)}"])    # the files to start from are not here
     assert made.train.lr > 0
     for name in yaml.safe_load(path.read_text()).get("start", ()):
         assert name == "sd-image-variations-diffusers" or (path.parent / f"{Path(name).parts[-2]}.yaml").exists()
