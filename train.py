@@ -5,6 +5,7 @@
     python train.py config/nano/finetune.yaml --resume=auto      # after whatever stopped it
 """
 import argparse
+import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,6 +27,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, recipes.Recipe]:
 
 def main(argv: list[str] | None = None) -> None:
     given, recipe = parse(argv)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")                # DDP warns of what is meant so, see below
     import torch                                                         # slow, so only when the recipe is sound
 
     from kernels import cpu

@@ -23,6 +23,9 @@ from torch.nn.functional import group_norm, silu as silu_function
 
 from kernels.backend import use_triton
 
+BLOCKS = 65535                         # CUDA launches along two of three axes at most
+PIXELS = 64 * BLOCKS                   # at least 64 to a block where there are many
+
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float,
                     frames: int = 1, silu: bool = True, shift: Tensor | None = None) -> Tensor:
@@ -30,10 +33,19 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
 
     shift (R, C) is added to x first, each row to B*F/R adjacent pictures.
     """
-    if use_triton(x):
+    if use_triton(x, _unfit(x)):
         from kernels.group_norm_silu_triton import group_norm_silu_triton
         return group_norm_silu_triton(x, weight, bias, groups, eps, frames, silu, shift)
     return group_norm_silu_reference(x, weight, bias, groups, eps, frames, silu, shift)
+
+
+def _unfit(x: Tensor) -> str:
+    """Why no kernel can be launched for x; "" if one can. Places in a picture are counted in 32 bits."""
+    (N, C), pixels = x.shape[:2], x.shape[2] * x.shape[3]
+    if N <= BLOCKS and pixels <= PIXELS and C * pixels < 2**31:
+        return ""
+    return (f"GroupNorm's kernel takes {BLOCKS:,} pictures of {PIXELS:,} pixels and 2^31 values each at most, "
+            f"not {N:,} of {C:,} x {pixels:,}")
 
 
 def group_norm_silu_reference(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float,

@@ -190,6 +190,14 @@ def test_impossible_clips_and_shifts_are_refused():
             kernels.group_norm_silu_triton(x, weight, bias, **{"groups": 2, "eps": 1e-5} | wrong)
 
 
+@pytest.mark.parametrize("shape", [(65536, 8, 1, 1), (1, 1, 2048, 2049), (1, 1024, 2048, 1024)])
+def test_more_than_can_be_launched_is_refused_before_it_is_tried(shape, monkeypatch):
+    monkeypatch.setattr(backend, "MODE", "triton")
+    x, ones = torch.empty(1, 1, 1, 1).expand(shape), torch.ones(shape[1])
+    with pytest.raises(RuntimeError, match="at most, not"):
+        group_norm_silu(x, ones, ones, 1, 1e-5)
+
+
 # ---- As an operation of PyTorch ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("layout, rows", [("NHWC", 2), ("NCHW", 0)])
