@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"--{flag} {getattr(given, flag)}; expected {low} to {high}")
     if given.person is not None and (given.stranger or given.person < 0):
         raise InputError("--person: expected a number from 0, and no --stranger beside it")
+    if given.stranger and given.count < 2:
+        raise InputError("--stranger with --count 1; expected 2 or more: the stranger is the next of them")
     if not Path(given.weights).exists():
         raise InputError(f"{given.weights} is not there; expected a folder of weights, such as RUN/last of train.py")
     for path in filter(None, (given.json, given.pictures)):
@@ -64,14 +66,14 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'':10}" + "".join(f"{column:>11}" for column in COLUMNS))
     for name, row in zip(("ours", "copy", "ceiling"), rows.values()):
         print(f"{name:10}" + "".join(f"{row[column]:11.3f}" for column in COLUMNS))
+    if given.pictures:
+        judge.write_sheet(Path(given.pictures), judge.sheet(made[:16], of[:16]))
     if given.json:
         found = {prefix + column: None if math.isnan(row[column]) else row[column]
                  for prefix, row in rows.items() for column in COLUMNS}
         found |= {name: getattr(given, name) for name in ("count", "steps", "cfg", "seed", "stranger", "person")}
         with appearing(given.json) as place:
             place.write_text(json.dumps(found, indent=1))
-    if given.pictures:
-        judge.write_sheet(Path(given.pictures), judge.sheet(made[:16], of[:16]))
 
 
 if __name__ == "__main__":

@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     if t.lora_rank:
         names = lora.add(model, names, t.lora_rank, t.seed)
     parameters = optim.select(model, names)
+    if not parameters:
+        raise InputError(f"{given.recipe}: nothing is left to train; see train.unet, train.only_pose, train.freeze_…")
     with_pose = recipe.stage == "diffusion" and model.pose is not None
     dataset = data.Training(recipe.data, model.config.clip, with_pose, t.seed)
     steps = t.steps or t.epochs * max(len(dataset) // t.batch, 1)
@@ -76,8 +78,12 @@ def main(argv: list[str] | None = None) -> None:
     state = checkpoint.State(model, optimizer, average, scaler)
     if resumed:
         checkpoint.restore(*resumed, state)
-        if world.rank == 0:
-            checkpoint.cut_log(folder / "log.jsonl", state.step)
+    if world.sum(torch.tensor(state.step, device=world.device)).item() != world.size * state.step:
+        raise InputError(f"{folder} is not the same folder for all processes; expected one that all machines see")
+    if world.rank == 0:
+        checkpoint.cut_log(folder / "log.jsonl", state.step)
+        if resumed:
+            checkpoint.point(folder, resumed[0])                         # a run may die before it does, or be damaged
     say(f"{sum(p.numel() for p in parameters):,} of {sum(p.numel() for p in model.parameters()):,} values train; "
         f"step {state.step} of {steps}; {folder}")
     if t.checkpointing:
@@ -91,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         network = torch.nn.parallel.DistributedDataParallel(network, find_unused_parameters=True)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(t.precision)
     began, first = time.perf_counter(), state.step
-    log = validation.Log(folder, recipe) if world.rank == 0 else None
+    log = validation.Log(folder, recipe, state.step) if world.rank == 0 else None
 
     from tqdm import tqdm
     bar = tqdm(total=steps, initial=state.step, unit="step", disable=None if world.rank == 0 else True)
@@ -116,13 +122,14 @@ def main(argv: list[str] | None = None) -> None:
                 (scaler.scale(scaled) if scaler else scaled).backward()
             loss += error.detach()
         loss = world.sum(loss).item()
-        if not loss < float("inf"):
+        strict = not scaler or scaler.get_scale() <= 1                   # float16 may overflow, until the scale is low
+        if not loss < float("inf") and strict:
             raise InputError(f"the loss of step {state.step} is {loss}; the last checkpoint is kept ({folder}/last). "
                              "Resume with another learning rate: --resume=force --train.lr=…")
         if scaler:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, t.clip_norm or float("inf")).item()
-        if not norm < float("inf") and not scaler:
+        if not norm < float("inf") and strict:
             raise InputError(f"the gradient of step {state.step} is not finite; the last checkpoint is kept "
                              f"({folder}/last). Resume with --resume=force --train.clip_norm=1 or another --train.lr")
         if scaler:
@@ -138,8 +145,9 @@ def main(argv: list[str] | None = None) -> None:
         bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}")
         if world.rank == 0 and (state.step % t.log_every == 0 or state.step == steps):
             speed = (state.step - first) / (time.perf_counter() - began)
-            log.write({"step": state.step, "loss": loss, "norm": norm if norm < float("inf") else None, "lr": rate,
-                       "steps_per_second": round(speed, 3)})
+            log.write({"step": state.step, **{name: value if value < float("inf") else None
+                                              for name, value in (("loss", loss), ("norm", norm))},
+                       "lr": rate, "steps_per_second": round(speed, 3)})
         if t.validate_every and (state.step % t.validate_every == 0 or state.step == steps):
             if world.rank == 0:
                 with (average.shown(model) if average else nullcontext(),
@@ -149,6 +157,9 @@ def main(argv: list[str] | None = None) -> None:
             world.wait()
         if state.step % t.save_every == 0 or state.step == steps:
             if world.rank == 0:
+                if not all(p.isfinite().all() for p in parameters):
+                    raise InputError(f"weights of step {state.step} are not finite; the last checkpoint is kept "
+                                     f"({folder}/last). Resume with another learning rate: --resume=force --train.lr=…")
                 checkpoint.save(folder, state, model.config, about, t.keep)
             world.wait()
     bar.close()

@@ -49,7 +49,7 @@ class State:
 
 
 def save(run: Path, state: State, config: ModelConfig, about: dict, keep: int = 0) -> Path:
-    """Write RUN/step-N and let `last` point there; then remove all but the `keep` newest (0: none)."""
+    """Write RUN/step-N and let `last` point there; then remove all but the `keep` newest up to it (0: none)."""
     place = run / f"step-{state.step:07}"
     if place.exists():                                                   # damaged, or it would have been gone on from
         shutil.rmtree(place)
@@ -64,8 +64,8 @@ def save(run: Path, state: State, config: ModelConfig, about: dict, keep: int = 
         about = {"step": state.step, "scaler": state.scaler.state_dict() if state.scaler else None} | about
         about["checksums"] = {name: checksum(folder / name) for name in CHECKED}
         (folder / "training.yaml").write_text(yaml.safe_dump(about, sort_keys=False))
-    _point(run / "last", place.name)
-    for old in found(run)[:-keep] if keep else []:
+    point(run, place)
+    for old in [old for old in found(run) if old.name <= place.name][:-keep] if keep else []:    # later ones: damaged
         shutil.rmtree(old)
     return place
 
@@ -87,11 +87,12 @@ def _write_tensors(path: Path, state: State) -> None:
         raise OSError(28, str(error)) from None
 
 
-def _point(link: Path, to: str) -> None:
-    beside = link.with_name(f".{link.name}.{os.getpid()}")
+def point(run: Path, place: Path) -> None:
+    """Let RUN/last be this checkpoint."""
+    beside = run / f".last.{os.getpid()}"
     beside.unlink(missing_ok=True)
-    beside.symlink_to(to)
-    os.replace(beside, link)
+    beside.symlink_to(place.name)
+    os.replace(beside, run / "last")
 
 
 def checksum(path: Path) -> str:
@@ -108,16 +109,22 @@ def found(run: Path) -> list[Path]:
 
 
 def newest(run: Path, say: Callable[[str], None]) -> tuple[Path, dict] | None:
-    """The newest whole checkpoint and what its training.yaml says. Damaged ones are passed over, and named."""
+    """The newest whole checkpoint and what its training.yaml says; None if there is none yet.
+
+    Damaged ones are passed over, and named. InputError if all are.
+    """
     for place in reversed(found(run)):
         try:
             about = yaml.safe_load((place / "training.yaml").read_text())
             wrong = [name for name, value in about["checksums"].items() if checksum(place / name) != value]
-        except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
             wrong = [f"training.yaml ({type(error).__name__})"]
         if not wrong:
             return place, about
         say(f"{place} is damaged ({', '.join(wrong)}); passed over")
+    if places := found(run):
+        raise InputError(f"{run}: no checkpoint of {len(places)} is whole; copy one back, or begin anew with another "
+                         "--out=")
     return None
 
 
@@ -139,7 +146,7 @@ def restore(place: Path, about: dict, state: State) -> None:
                 if key.partition(".")[2] == name and not key.startswith(("weight.", "average."))}
         if kept:
             state.optimizer.state[parameter] = {
-                key: value.clone() if key == "step" else torch.empty_like(parameter).copy_(value)
+                key: value.to(parameter.device, copy=True) if key == "step" else torch.empty_like(parameter).copy_(value)
                 for key, value in kept.items()}
     if state.scaler and about["scaler"]:
         state.scaler.load_state_dict(about["scaler"])

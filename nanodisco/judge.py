@@ -6,8 +6,8 @@
     iou            of the silhouette, where a picture differs from the empty room by more than 0.10, with the mask
     colour         how wrong the mean colour of a region is: skin, hair, shirt, legs, shoes; in grey levels of 255
     shirt_legs     of these two alone
-    background     how wrong a pixel is where nobody is, nor was in the reference
-    hole           how wrong a pixel is where the reference's person stood and nobody is now
+    background     how wrong a pixel is where nobody is
+    hole           … and where the reference's person stood
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,8 +85,8 @@ def _of_known(picture: np.ndarray, pair: Pair) -> dict[str, float]:
     found = {"iou": (seen & person).sum() / max((seen | person).sum(), 1)}
     for name, labels in REGIONS.items():
         found[name] = _mean([regions[label] for label in labels if label in regions])
-    clear = (target.mask == 0) & (pair.reference.mask == 0)
-    return found | {"background": _mean(wrong[clear]), "hole": _mean(wrong[before & ~person & (target.mask == 0)])}
+    nobody = target.mask == 0
+    return found | {"background": _mean(wrong[nobody]), "hole": _mean(wrong[before & nobody])}
 
 
 def _mean(values) -> float:

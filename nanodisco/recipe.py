@@ -136,6 +136,9 @@ def load(path: str | Path, arguments: list[str] = ()) -> Recipe:
     values = read_yaml(path)
     if isinstance(values.get("model"), str):
         values["model"] = read_yaml(_found(path, values["model"]))
+    asked = [name for name in ("steps", "epochs") if any(text.startswith(f"--train.{name}=") for text in arguments)]
+    if len(asked) == 1 and isinstance(values.get("train"), dict):        # the one takes the other's place
+        values["train"] = {name: value for name, value in values["train"].items() if name not in ("steps", "epochs")}
     try:
         recipe = from_dict(Recipe, override(values, list(arguments)))
     except InputError as error:

@@ -30,6 +30,7 @@ def model(recipe: Recipe, say: Callable[[str], None]) -> DisCo:
     if recipe.start:
         told = (to_dict(config) if config else {}) | ({"uncond": recipe.uncond} if recipe.uncond else {})
         overrides = [f"--{name}={json.dumps(told[name])}" for name in TOLD if name in told]
+        overrides += [f"--clip.crop={json.dumps(config.clip.crop)}"] if config else []
         made = loading.load(*recipe.start, variant=recipe.variant or None, overrides=overrides, seed=recipe.train.seed,
                             say=say)
     else:
@@ -37,6 +38,8 @@ def model(recipe: Recipe, say: Callable[[str], None]) -> DisCo:
             torch.manual_seed(recipe.train.seed)
             made = DisCo(replace(config, uncond=recipe.uncond or config.uncond))
             made.start_controlnets()
+    if not recipe.pose:
+        made.pose, made.config = None, replace(made.config, pose=None)
     _require_fit(recipe.data, made.config)
     made.config = replace(made.config, size=(recipe.data.width, recipe.data.height))
     return made.eval()

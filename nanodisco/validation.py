@@ -28,12 +28,12 @@ STEPS, GUIDANCE = 20, 1.5              # guidance where references are dropped i
 
 
 class Log:
-    """The run's log file and, if asked for, TensorBoard or wandb beside it."""
+    """The run's log file and, if asked for, TensorBoard or wandb beside it. What they have of later steps is void."""
 
-    def __init__(self, folder: Path, recipe: Recipe):
+    def __init__(self, folder: Path, recipe: Recipe, step: int):
         self.path = folder / "log.jsonl"
         openers = {"": lambda *_: lambda line: None, "tensorboard": _tensorboard, "wandb": _wandb}
-        self.more = openers[recipe.train.logger](folder, recipe)
+        self.more = openers[recipe.train.logger](folder, step)
 
     def write(self, line: dict) -> None:
         """A dict of numbers with `step` among them."""
@@ -42,12 +42,12 @@ class Log:
         self.more(line)
 
 
-def _tensorboard(folder: Path, recipe: Recipe) -> Callable[[dict], None]:
+def _tensorboard(folder: Path, step: int) -> Callable[[dict], None]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise InputError("train.logger: TensorBoard is not installed; pip install tensorboard") from None
-    writer = SummaryWriter(folder / "tensorboard")
+    writer = SummaryWriter(folder / "tensorboard", purge_step=step)
 
     def write(line: dict) -> None:
         for name, value in line.items():
@@ -57,7 +57,7 @@ def _tensorboard(folder: Path, recipe: Recipe) -> Callable[[dict], None]:
     return write
 
 
-def _wandb(folder: Path, recipe: Recipe) -> Callable[[dict], None]:
+def _wandb(folder: Path, step: int) -> Callable[[dict], None]:
     try:
         import wandb
     except ImportError:
@@ -124,7 +124,7 @@ SMOOTH = 0.05                                            # share of the points t
 def curve(log: Path, picture: Path) -> None:
     """The loss of the logged steps, and its running mean, over a logarithmic axis."""
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    points = [(line["step"], line["loss"]) for line in lines if line.get("loss", 0) > 0]
+    points = [(line["step"], line["loss"]) for line in lines if (line.get("loss") or 0) > 0]
     if len(points) < 2:
         return
     steps, losses = (np.array(values, float) for values in zip(*points))

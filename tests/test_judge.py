@@ -68,7 +68,12 @@ def test_what_is_left_of_the_reference_s_person_is_in_the_hole():
         ghost = (pair.reference.mask > 127) & (pair.target.mask == 0)
         picture[ghost] = pair.reference.picture[ghost]
     found = judge.scores(made, OF)
-    assert found["hole"] > 10 and found["background"] == 0
+    assert found["hole"] > 10
+    shares = [((pair.reference.mask > 127) & (pair.target.mask == 0)).sum() / (pair.target.mask == 0).sum()
+              for pair in OF]
+    alone = [judge.scores(made[i:i + 1], OF[i:i + 1]) for i in range(len(OF))]
+    assert [one["background"] for one in alone] == pytest.approx(
+        [one["hole"] * share for one, share in zip(alone, shares)])      # and nowhere else
 
 
 def test_pairs_are_held_out_and_follow_from_the_seed():
@@ -114,6 +119,11 @@ def test_a_model_without_a_pose_net_is_scored_on_the_reference_itself(tmp_path):
                    "cpu", "--json", str(tmp_path / "scores.json")])
     found = json.loads((tmp_path / "scores.json").read_text())
     assert found["copy.psnr"] == 100 and found["hole"] is None           # nothing was uncovered
+
+
+def test_one_picture_has_no_stranger():
+    with pytest.raises(InputError, match="expected 2 or more"):
+        evaluate.main(["--stranger", "--count", "1"])
 
 
 def test_pairs_of_one_person_share_person_and_room_and_differ_in_the_dance():

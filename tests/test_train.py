@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 
 import prepare_data
 import train
-from nanodisco import checkpoint, dancers, data, optim, recipe, start, transforms
-from nanodisco.config import ClipConfig, to_dict
+from nanodisco import checkpoint, dancers, data, optim, recipe, start, transforms, weights
+from nanodisco.config import ClipConfig, ModelConfig, from_dict, to_dict
+from nanodisco.disco import DisCo
 from nanodisco.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -119,6 +120,16 @@ def test_gradients_with_and_without_kept_activations_are_equal():
         assert torch.equal(a, b)
 
 
+def test_activations_that_are_not_kept_are_computed_again():
+    net, calls = build("image"), []
+    optim.checkpoint_activations(net)
+    net.unet.encoder.mid.res[0].conv1.register_forward_hook(lambda *_: calls.append(1))
+    loss = net.loss(*training_data())
+    assert len(calls) == 1
+    loss.backward()
+    assert len(calls) == 2
+
+
 def test_a_step_that_overflows_changes_nothing(place, monkeypatch):
     before = start.model(recipe.load(place / "tiny.yaml"), print).state_dict()
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device: SCALER(device, init_scale=2.0 ** 100))
@@ -127,6 +138,21 @@ def test_a_step_that_overflows_changes_nothing(place, monkeypatch):
     assert all(torch.equal(before[name.removeprefix("training.weight.")], tensor) for name, tensor in after.items()
                if name.startswith("training.weight."))
     assert not any(tensor.any() for name, tensor in after.items() if name.startswith("training.exp"))
+
+
+def test_a_loss_that_overflows_in_float16_is_passed_over_but_not_for_ever(place, monkeypatch):
+    calls, bad = [], {2}
+
+    def loss(self, *given):
+        calls.append(1)
+        return ORIGINAL(self, *given) * (float("inf") if len(calls) in bad else 1.0)
+    monkeypatch.setattr(start.Loss, "forward", loss)
+    trained(place, "a", "--train.precision=fp16")
+    lines = [json.loads(line) for line in (place / "a" / "log.jsonl").read_text().splitlines()]
+    assert [line["loss"] is None for line in lines] == [False, True, False, False, False, False]
+    bad |= set(range(100))
+    with pytest.raises(InputError, match="the loss of step 1[67] is"):   # the scale begins at 2^16 and is halved
+        trained(place, "b", "--train.precision=fp16", "--train.steps=30")
 
 
 SCALER = torch.amp.GradScaler
@@ -292,6 +318,47 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(place, capsys):
     assert same(whole, trained(place, "a", "--train.keep=0", "--resume=auto"))
 
 
+@pytest.mark.parametrize("damage", [b"", b"\xff\xfe", b"step: [", b"step: 6"])
+def test_a_damaged_description_is_passed_over(place, damage, capsys):
+    trained(place, "a", "--train.keep=0")
+    (place / "a" / "step-0000006" / "training.yaml").write_bytes(damage)
+    assert checkpoint.newest(place / "a", print)[0].name == "step-0000004"
+    assert "step-0000006 is damaged (training.yaml" in capsys.readouterr().out
+
+
+def test_a_run_without_one_whole_checkpoint_is_not_begun_anew(place):
+    trained(place, "a", "--train.keep=0")
+    for folder in checkpoint.found(place / "a"):
+        (folder / "config.yaml").write_text("")
+    with pytest.raises(InputError, match="no checkpoint of 3 is whole"):
+        trained(place, "a", "--resume=auto")
+
+
+def test_last_is_the_checkpoint_that_a_run_goes_on_from(place):
+    """Killed between its renaming and the link's; or damaged since."""
+    trained(place, "a", "--train.keep=0")
+    checkpoint.point(place / "a", place / "a" / "step-0000002")
+    trained(place, "a", "--train.keep=0", "--resume=auto")
+    assert os.readlink(place / "a" / "last") == "step-0000006"
+
+
+def test_damaged_checkpoints_to_come_do_not_push_out_whole_ones(place, monkeypatch):
+    trained(place, "a", "--train.keep=0")
+    for name in ("step-0000004", "step-0000006"):
+        (place / "a" / name / "config.yaml").write_text("")
+
+    def save_once(*given):
+        SAVE(*given)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(checkpoint, "save", save_once)
+    with pytest.raises(KeyboardInterrupt):
+        trained(place, "a", "--train.keep=1", "--resume=auto")
+    assert checkpoint.newest(place / "a", print)[0].name == "step-0000004"
+
+
+SAVE = checkpoint.save
+
+
 def test_a_full_disk_leaves_the_old_checkpoint_whole(place):
     small = place / "small"
     small.mkdir()
@@ -332,7 +399,7 @@ def test_a_run_may_move(place):
     shutil.rmtree(place / "a" / "step-0000006")
     (place / "elsewhere").mkdir()
     shutil.move(place / "a", place / "elsewhere" / "b")
-    assert same(whole, trained(place, "elsewhere/b", "--train.keep=0", "--resume=force"))
+    assert same(whole, trained(place, "elsewhere/b", "--train.keep=0", "--resume=auto"))
 
 
 def test_a_set_of_files_is_trained_on_as_the_dancers_are(place):
@@ -415,6 +482,24 @@ def test_the_model_of_a_checkpoint_is_the_average(place):
     assert torch.equal(without[name], end[f"training.weight.{name}"])
 
 
+def test_the_average_of_a_run_follows_its_formula(place):
+    trained(place, "a", "--train.keep=0", "--train.save_every=1")
+    begin = start.model(recipe.load(place / "tiny.yaml"), print).state_dict()["unet.conv_out.weight"]
+    average = begin.double()
+    for step in range(6):
+        folder, share = place / "a" / f"step-000000{step + 1}", min(0.9, (1 + step) / (10 + step))
+        weight = load_file(folder / "training.safetensors")["weight.unet.conv_out.weight"]
+        average = share * average + (1 - share) * weight.double()
+        assert torch.allclose(load_file(folder / "model.safetensors")["unet.conv_out.weight"].double(), average,
+                              rtol=0, atol=1e-7)
+
+
+def test_the_rate_that_is_logged_is_the_schedule(place):
+    trained(place, "a", "--train.warmup=0.5")
+    rates = [json.loads(line)["lr"] for line in (place / "a" / "log.jsonl").read_text().splitlines()]
+    assert rates == [optim.learning_rate(step, 6, 1e-3, 0.5) for step in range(6)] and rates[1] == pytest.approx(1e-3 / 3)
+
+
 def test_a_vae_and_its_average_begin_at_principal_components(place):
     """Neither the weights nor their average remember what they were before."""
     linear = {**MODEL, "vae": MODEL["vae"] | {"linear": True}}
@@ -462,6 +547,14 @@ def test_steps_that_are_made_again_are_logged_once(place):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
+def test_steps_before_the_first_checkpoint_are_logged_once(place):
+    (place / "a").mkdir()
+    (place / "a" / "log.jsonl").write_text('{"step": 1, "loss": 7.0}\n')  # killed then
+    trained(place, "a", "--resume=auto")
+    lines = [json.loads(line) for line in (place / "a" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and lines[0]["loss"] != 7
+
+
 # ---- What cannot be trained --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("argument, words", [
@@ -474,11 +567,11 @@ def test_steps_that_are_made_again_are_logged_once(place):
     ("--stage=decoder", "goes on from the weights of a VAE"), ("--train.latent_noise=0.1", "or stage decoder"),
     ("--train.keep=-1", "0 or more"), ("--data.workers=-1", "0 or more"), ("--train.betas=[0.9, 1.5]", "below 1"),
     ("--device=foo", "is not there"), ("--data.width=17", "multiple of 2"), ("--data.frames=3", "a picture model"),
-    ("--train.epochs=2", "expected one of them"), ("--train.steps=0", "expected one of them"),
+    (("--train.only_pose=true", "--pose=false"), "nothing is left to train"), ("--train.steps=0", "expected one of them"),
     ("--data={kind: tsv}", "data.path is missing"), ("--train.ema=2", "expected 0 to 1")])
 def test_bad_recipes_are_refused(place, argument, words):
     with pytest.raises(InputError, match=words):
-        trained(place, "a", argument)
+        trained(place, "a", *(argument if isinstance(argument, tuple) else (argument,)))
     assert not (place / "a").exists()
 
 
@@ -496,6 +589,12 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_checkpoint
 
 
 ORIGINAL = start.Loss.forward
+
+
+def test_weights_that_are_not_numbers_are_not_saved(place):
+    with pytest.raises(InputError, match="weights of step 1 are not finite"):
+        trained(place, "a", "--train.save_every=1", "--train.lr=1e39", "--train.warmup=0")
+    assert not checkpoint.found(place / "a")
 
 
 def test_a_reference_is_dropped_as_in_the_official_program():
@@ -518,6 +617,21 @@ def test_a_folder_that_cannot_be_written_is_refused(place):
     (place / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
         trained(place, "file/a")
+
+
+def test_what_files_do_not_say_the_recipe_says(place):
+    trained(place, "a")
+    begun = f"--start=[{place / 'a' / 'last'}]"
+    net = start.model(recipe.load(place / "tiny.yaml", [begun, "--model.clip.crop=true", "--pose=false"]), print)
+    assert net.config.clip.crop and net.pose is None and net.config.pose is None
+    assert start.model(recipe.load(place / "tiny.yaml", [begun, "--model=null", "--pose=false"]), print).pose is None
+
+
+def test_steps_that_are_asked_for_take_the_place_of_epochs():
+    made = recipe.load(ROOT / "config" / "finetune.yaml", ["--start=[]", "--train.steps=7"])
+    assert (made.train.steps, made.train.epochs) == (7, 0)
+    made = recipe.load(ROOT / "config" / "human_specific.yaml", ["--start=[.]", "--train.epochs=3"])
+    assert (made.train.steps, made.train.epochs) == (0, 3)
 
 
 def test_fields_of_a_recipe_survive_the_file(place):
@@ -548,3 +662,23 @@ def test_the_official_stages_have_the_official_values(name, official):
     everywhere = {"weight_decay": 1e-3, "betas": (0.9, 0.98), "warmup": 0.1, "clip_norm": 0.0}
     for key, value in (official | everywhere).items():
         assert getattr(read, key) == value
+
+
+def test_the_official_stages_run_one_after_the_other(place):
+    """As their YAML files say, but for size: float16, crops, activations computed again, what trains."""
+    prepare_data.main(["dancers", "--out", str(place / "set"), "--clips", "3", "--frames", "3", "--size", "20",
+                       "--format", "tsv"])
+    config = from_dict(ModelConfig, MODEL | {"pose": None})
+    torch.manual_seed(0)
+    weights.write_folder(place / "base", DisCo(config).state_dict(), config)
+    small = [f"--data.path={place / 'set' / 'train.yaml'}", "--data.workers=0", "--data.width=16", "--data.height=16",
+             "--train.batch=2", "--train.steps=2", "--train.log_every=1", "--device=cpu"]
+    for name, before in (("pretrain", "base"), ("finetune", "pretrain/last"), ("finetune_cfg", "pretrain/last"),
+                         ("temporal", "finetune/last"), ("human_specific", "finetune/last")):
+        more = ["--data.frames=3"] if name == "temporal" else []
+        more += [f"--model={json.dumps(MODEL)}"] if name in ("pretrain", "finetune", "finetune_cfg") else []
+        train.main([str(ROOT / "config" / f"{name}.yaml"), f"--start=[{place / before}]", f"--out={place / name}",
+                    *small, *more])
+        lines = [json.loads(line) for line in (place / name / "log.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2] and all(line["loss"] > 0 for line in lines)
+    assert any(".temporal." in name for name in load_file(place / "temporal" / "last" / "model.safetensors"))

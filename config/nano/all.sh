@@ -2,11 +2,11 @@
 # The laptop chain: every stage from nothing, one after the other, then its scores. After an interruption it goes on.
 #
 #     bash config/nano/all.sh [--device=cpu …]         # more flags go to every train.py
-#     PROCESSES=1 bash config/nano/all.sh              # if not one on each GPU, or two that share the CPU
+#     PROCESSES=1 bash config/nano/all.sh              # 1, 2 or 4; else as many as there are GPUs, or 2 on the CPU
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 run=output/nano
-processes=${PROCESSES:-$(python -c 'import torch; print(torch.cuda.device_count() or 2)')}
+processes=${PROCESSES:-$(python -c 'import torch; gpus = torch.cuda.device_count() or 2; print(max(n for n in (1, 2, 4) if n <= gpus))')}
 cores=$(getconf _NPROCESSORS_ONLN)
 
 train() {                              # train STAGE PROCESSES [flags of train.py]
@@ -20,7 +20,9 @@ done
 train human_specific 1 "$@"            # of one picture at a time
 
 scores() {                             # scores NAME STAGE [flags of evaluate.py]
-    [ -e "$run/$1.json" ] || python evaluate.py --weights "$run/$2/last" --json "$run/$1.json" --pictures "$run/$1.png" "${@:3}"
+    [ -e "$run/$1.json" ] && return    # written last
+    rm -f "$run/$1.png"
+    python evaluate.py --weights "$run/$2/last" --json "$run/$1.json" --pictures "$run/$1.png" "${@:3}"
 }
 for stage in pretrain finetune_cfg temporal; do
     scores "$stage" "$stage"
