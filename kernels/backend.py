@@ -51,4 +51,9 @@ def _reason(device: str) -> str:
         return f"Triton cannot be imported ({error}); pip install triton"
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"Triton has no {device} backend; TRITON_INTERPRET=1 runs kernels there, slowly, to check them"
+    from kernels import tiles_triton
+    try:
+        tiles_triton.launch_one(device)
+    except Exception as error:         # no compiler, no header, an old GPU: each has another type
+        return f"Triton cannot launch a kernel here ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
     return ""

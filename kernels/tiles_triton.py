@@ -8,6 +8,7 @@ Padded, they would be multiplied as 64, 128 and 256. So a tile is a tuple of a m
 or of one part where padding costs no more. Products over the width sum both parts; products that have
 the width as a result make each part by itself.
 """
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -142,3 +143,17 @@ def outer(factor, b):
         return factor[:, None] * b[0].to(tl.float32), factor[:, None] * b[1].to(tl.float32)
     else:
         return (factor[:, None] * b[0].to(tl.float32),)
+
+
+# ---- Whether any of this runs -------------------------------------------------------------------------------
+
+@triton.jit
+def _one(pointer):
+    tl.store(pointer, 1.0)
+
+
+def launch_one(device: str) -> None:
+    """The smallest of kernels; an exception where Triton cannot compile or launch it."""
+    x = torch.zeros(1, device=device)
+    _one[(1,)](x)
+    assert x.item() == 1, "it wrote something else"

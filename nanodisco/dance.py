@@ -26,6 +26,7 @@ from nanodisco.config import ClipConfig, to_dict
 from nanodisco.data import Validation
 from nanodisco.disco import DisCo
 from nanodisco.errors import InputError
+from nanodisco.files import write_text
 from nanodisco.guidance import Guided, windowed, windows
 from nanodisco.loading import for_inference, load
 from nanodisco.sampling import frame_noise, sample
@@ -62,15 +63,19 @@ def dance(given: Namespace, say: Say) -> int:
     for side, pixels in (("-W", given.width), ("-H", given.height)):
         if pixels % factor:
             raise InputError(f"{side} {pixels}; expected a multiple of {factor}, the latent factor of these weights")
-    with torch.inference_mode():
-        return _run(for_inference(model, given.device, say), given, source)
+    try:
+        with torch.inference_mode():
+            return _run(for_inference(model, given.device, say), given, source)
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"{given.device} is out of memory ({str(error).splitlines()[0]}); a smaller --batch, now "
+                         f"{given.batch}, or smaller -W -H need less") from None
 
 
 def device_of(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, ValueError) as error:
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         raise InputError(f"--device {name} is not there; expected one of {', '.join(there)}") from error
@@ -90,8 +95,7 @@ class Track:
         if given.background:
             self.scene, self.hole = inputs.scene(given.background, given.background_mask, say)
             self.binary_hole = given.background_mask == "black"
-        canvas = tuple(map(int, given.pose_size.split("x"))) if given.pose_size else self.photo.size
-        self.poses = inputs.poses(given.poses, canvas, given.align, say)
+        self.poses = inputs.poses(given.poses, _canvas(given, self.photo.size), given.align, say)
         self.length = min(given.length or len(self.poses), len(self.poses))
 
     def batches(self, given: Namespace, clips: bool) -> list[range]:
@@ -112,7 +116,9 @@ class Set:
         self.size, self.rows = (given.width, given.height), Validation(given.data)
         self.photo = inputs.photo(given.ref, given.ref_mask, say) if given.ref else None
         self.scene = inputs.scene(given.background, given.background_mask, say) if given.background else None
-        self.poses = inputs.poses(given.poses, self.size, None, say) if given.poses else None
+        self.poses = inputs.poses(given.poses, _canvas(given, self.size), given.align, say) if given.poses else None
+        self.binary = bool(given.ref) and given.ref_mask == "black"
+        self.binary_hole = bool(given.background) and given.background_mask == "black"
         count = len(self.rows) if self.poses is None else min(len(self.rows), len(self.poses))
         self.length = min(given.length or count, count)
 
@@ -131,11 +137,17 @@ class Set:
         photos, scenes = ([given] * len(own) if given else own for given in (self.photo, self.scene))
         poses = [row.pose if self.poses is None else self.poses[i] for i, row in zip(frames, rows)]
         return Shown([row.key for row in rows],
-                     torch.stack([transforms.reference(*photo, clip.image_size, crop=clip.crop) for photo in photos]),
-                     torch.stack([transforms.background(*scene, self.size) for scene in scenes]),
+                     torch.stack([transforms.reference(*photo, clip.image_size, self.binary, clip.crop)
+                                  for photo in photos]),
+                     torch.stack([transforms.background(*scene, self.size, self.binary_hole) for scene in scenes]),
                      torch.stack([transforms.pose(pose, self.size) for pose in poses]),
                      np.stack([np.asarray(transforms.fill(photo[0], self.size)) for photo in photos]),
                      torch.stack([transforms.target(row.target, self.size) for row in rows]))
+
+
+def _canvas(given: Namespace, usual: tuple[int, int]) -> tuple[int, int]:
+    """What keypoints refer to where their file does not say.   -> width, height"""
+    return tuple(map(int, given.pose_size.split("x"))) if given.pose_size else usual
 
 
 def _cut(length: int, size: int) -> list[range]:
@@ -266,9 +278,9 @@ class Results:
     def __enter__(self) -> "Results":
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "settings.yaml").write_text(yaml.safe_dump(self.settings, sort_keys=False))
         except OSError as error:
             raise InputError(f"cannot write {self.out}: {error.strerror}") from None
+        write_text(self.out / "settings.yaml", yaml.safe_dump(self.settings, sort_keys=False))
         formats = [] if self.official else self.given.format.split(",")
         for name in (name for name in formats if name != "png"):
             for what in ("video", "result"):
@@ -318,7 +330,7 @@ class Results:
                     "eval_save_filename": self.out.name, "guidance_scale": float(given.cfg),
                     "img_size": [given.height, given.width], "pos_resize_img": False, "seed": given.seed,
                     "visu_save": False}
-        (self.out / "Model_Setting.json").write_text(json.dumps(settings, indent=4))
+        write_text(self.out / "Model_Setting.json", json.dumps(settings, indent=4))
 
 
 def official_name(key: str) -> str:

@@ -59,6 +59,8 @@ class Captured:
         try:
             with torch.cuda.device_of(inputs[0]):
                 replay, out = self.record(lambda: self.function(*buffers))
+        except torch.OutOfMemoryError:                                   # without a graph there is not more
+            raise
         except RuntimeError as error:
             print(f"not captured as a CUDA graph, so slower: {str(error).splitlines()[0]}", file=sys.stderr)
             self.record = None

@@ -105,7 +105,7 @@ def _of_pictures(files: list[Path], align_to: str | None) -> Poses:
         try:
             with Image.open(file) as image:
                 sizes.setdefault(image.size, file)
-        except OSError:
+        except (OSError, Image.DecompressionBombError):
             video.picture(file)                                          # says what is wrong with it
     if len(sizes) > 1:
         one, other = list(sizes.items())[:2]
@@ -125,7 +125,7 @@ def _of_keypoints(frames: list[pose.Frame], canvas, align_to: str | None, path: 
     if not frames:
         raise InputError(f"{path} holds no frames")
     if align_to:
-        people = pose.read(align_to)[0].people
+        people = [person for frame in pose.read(align_to)[:1] for person in frame.people]
         if not people:
             raise InputError(f"{align_to} has nobody in it; aligning needs the reference's own pose")
         frames = pose.align(frames, people[0])

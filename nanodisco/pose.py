@@ -33,6 +33,7 @@ LIMBS = ((1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10)
 COLOURS = ((255, 0, 0), (255, 85, 0), (255, 170, 0), (255, 255, 0), (170, 255, 0), (85, 255, 0), (0, 255, 0),
            (0, 255, 85), (0, 255, 170), (0, 255, 255), (0, 170, 255), (0, 85, 255), (0, 0, 255), (85, 0, 255),
            (170, 0, 255), (255, 0, 255), (255, 0, 170), (255, 0, 85))                # of dot i and of limb i
+FARTHEST = 2**14                       # pixels from the corner; no picture is larger
 KEPT = 48                              # half the length of limbs whose shape is remembered, in pixels
 RADIUS = WIDTH = 4                     # of a dot; half of a limb's width: in pixels of the frame, whatever its size
 
@@ -236,7 +237,7 @@ def _frames(content, name: str) -> list[Frame]:
 
 
 def _openpose_frame(content: dict, name: str) -> Frame:
-    size = (content["canvas_width"], content["canvas_height"]) if "canvas_width" in content else None
+    size = _size(content["canvas_width"], content["canvas_height"]) if "canvas_width" in content else None
     people = []
     for person in content["people"]:
         points = _points(person["pose_keypoints_2d"], (18, 25))
@@ -251,7 +252,7 @@ def _coco_frames(content: dict) -> list[Frame]:
     for item in content["annotations"]:
         people[item["image_id"]].append(_coco_person(item["keypoints"]))
     images = sorted(content["images"], key=lambda image: image["file_name"])
-    return [Frame(tuple(people[image["id"]]), (image["width"], image["height"]), image["file_name"])
+    return [Frame(tuple(people[image["id"]]), _size(image["width"], image["height"]), image["file_name"])
             for image in images]
 
 
@@ -267,6 +268,13 @@ def _coco_person(numbers: list) -> np.ndarray:
     return np.where(points[:, 2:] == 0, -1.0, points)                    # COCO's v: 0 is "not labelled"
 
 
+def _size(width, height) -> tuple[int, int]:
+    """Of a frame, in pixels."""
+    if not (1 <= width <= FARTHEST and 1 <= height <= FARTHEST):
+        raise ValueError(f"a frame of {width} x {height}")
+    return int(width), int(height)
+
+
 def _points(numbers: list, counts: tuple[int, ...]) -> np.ndarray:
     """Flat or nested numbers, with null for a joint that is missing.   -> (one of counts, 3)"""
     if any(item is None for item in numbers):
@@ -274,6 +282,8 @@ def _points(numbers: list, counts: tuple[int, ...]) -> np.ndarray:
     points = np.asarray(numbers, np.float64).reshape(-1, 3)
     if len(points) not in counts or not np.isfinite(points).all():
         raise ValueError(f"{points.size} numbers; expected {' or '.join(str(3 * n) for n in counts)} finite ones")
+    if np.abs(points[:, :2]).max() > FARTHEST:
+        raise ValueError(f"a joint at {np.abs(points[:, :2]).max():.0f} pixels")
     return points
 
 

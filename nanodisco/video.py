@@ -55,8 +55,9 @@ def save(path: str | Path, frame: Frame) -> None:
         Image.fromarray(frame).save(beside, format="PNG")
         os.replace(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def files(folder: str | Path, suffixes: tuple[str, ...] = PICTURES) -> list[Path]:
@@ -165,6 +166,8 @@ def _close(container) -> None:
 @contextmanager
 def _animated(path: Path, fps: float) -> Iterator[Callable[[Frame], None]]:
     """GIF or WebP by Pillow, looping. Held in memory until the end: they are for short clips."""
+    if fps > 100:
+        raise InputError(f"{path.name}: {fps:g} frames a second; GIF and WebP can have 100, or make an mp4")
     frames: list[Image.Image] = []
 
     def write(frame: Frame) -> None:

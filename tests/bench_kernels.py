@@ -17,6 +17,7 @@ bf16, 8 heads, memory as the models have it: packed Q, K, V; channels last.
 import argparse
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -205,7 +206,9 @@ def kernel_that_ran(run: Callable) -> str:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()
-    longest = max(profiler.key_averages(), key=lambda event: event.device_time_total)
+    longest = max(profiler.key_averages(), key=lambda event: event.device_time_total, default=None)
+    if longest is None:
+        return "not known: the profiler saw nothing"
     return longest.key.split("(")[0].removeprefix("void ")[:60]
 
 
@@ -270,7 +273,8 @@ def line(row: dict) -> str:
             f"{row.get('kernel', '')}")
 
 
-def on_gpu(tables: dict, seconds: float, compile_too: bool) -> dict:
+def on_gpu(tables: dict, seconds: float, compile_too: bool, keep: Callable[[dict], None]) -> dict:
+    """keep: called after each line with all of them; a benchmark may run out of time."""
     began, machine = time.monotonic(), ceilings()
     print(f"ceilings: {machine['flops'] / 1e12:.0f} TFLOP/s bf16, copy {machine['bytes'] / 1e12:.2f} TB/s, "
           f"{machine['exps'] / 1e12:.1f} T exponentials/s (counted)")
@@ -286,6 +290,7 @@ def on_gpu(tables: dict, seconds: float, compile_too: bool) -> dict:
                 continue
             try:
                 rows.append(measured(case, machine, compile_too and spent < seconds / 2))
+                keep(result)
                 print(line(rows[-1]), flush=True)
             except Exception as error:                                   # an unattended run goes on; its status is 1
                 result["failed"][case.name] = f"{type(error).__name__}: {error}"
@@ -312,15 +317,21 @@ def without_gpu(tables: dict) -> dict:
     return {"tables": result}
 
 
+def driver() -> str:
+    if not shutil.which("nvidia-smi"):
+        return "not known: no nvidia-smi"
+    asked = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True,
+                           text=True)
+    return asked.stdout.strip().split("\n")[0]
+
+
 def machine_and_versions() -> dict:
     found = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "python": platform.python_version(),
              "torch": torch.__version__}
     if GPU:
         import triton
 
-        driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-                                capture_output=True, text=True)
-        found |= {"gpu": torch.cuda.get_device_name(), "driver": driver.stdout.strip().split("\n")[0],
+        found |= {"gpu": torch.cuda.get_device_name(), "driver": driver(),
                   "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "triton": triton.__version__}
     return found
 
@@ -336,9 +347,12 @@ def main() -> None:
               if not given.only or any(word in title for word in given.only)}
     result = {"machine": machine_and_versions()}
     print(result["machine"])
-    result |= on_gpu(tables, given.seconds, not given.no_compile) if GPU else without_gpu(tables)
-    if given.json:
-        Path(given.json).write_text(json.dumps(result, indent=1))
+
+    def keep(found: dict) -> None:
+        result.update(found)
+        if given.json:
+            Path(given.json).write_text(json.dumps(result, indent=1))
+    keep(on_gpu(tables, given.seconds, not given.no_compile, keep) if GPU else without_gpu(tables))
     sys.exit(bool(result.get("failed")))
 
 

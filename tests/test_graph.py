@@ -1,7 +1,7 @@
 """Captured functions, with a recorder that runs on a CPU: the buffers are real, only CUDA's graph is not."""
 import pytest
 import torch
-from formula import given, model
+from formula import build, given, model
 from test_guidance import answers
 
 from nanodisco import graph
@@ -47,6 +47,13 @@ def test_what_cannot_be_captured_runs_as_it_is_and_that_is_said(capsys):
     assert said.count("not captured as a CUDA graph") == 1 and "more" not in said
 
 
+def test_out_of_memory_is_not_taken_for_a_step_without_a_graph():
+    def record(function):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        Captured(lambda x: x * 2, record)(torch.ones(1))
+
+
 @pytest.mark.parametrize("variant", ["image", "temporal"])
 @pytest.mark.parametrize("uncond", [None, "other"])
 def test_a_step_as_a_graph_gives_the_same_answers(monkeypatch, variant, uncond):
@@ -89,7 +96,7 @@ def test_a_compiled_step_gives_the_same_answers_without_a_break(monkeypatch, var
 
 @needs_gpu
 def test_a_step_on_a_gpu_is_one_graph():
-    net = model("image").cuda()
+    net = build("image").cuda()                                          # not the one that other tests share
     tokens, background, z, pose = (given(name).cuda() for name in ("tokens", "bg_latents", "latents", "pose"))
     on, off = (Guided(net, tokens[:1], background[:1], torch.zeros_like(tokens[:1]), 3.0, graph=graph) for graph in
                (True, False))

@@ -1,7 +1,7 @@
 """Exact savings: the cached network is the plain one, and does less."""
 import pytest
 import torch
-from formula import given, model
+from formula import build, given, model
 
 from nanodisco.guidance import Guided, windowed, windows
 from nanodisco.memo import Memo
@@ -42,6 +42,21 @@ def calls(path, net, steps=3):
     finally:
         hook.remove()
     return len(rows), max(rows, default=0)
+
+
+@pytest.mark.parametrize("uncond", [None, "other"])
+def test_a_guided_step_stays_channels_last_from_end_to_end(uncond):
+    """Where the halves part as well: the norms, which are everywhere, see nothing else."""
+    net, seen = build("image").to(memory_format=torch.channels_last), []
+    for module in net.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.register_forward_pre_hook(
+                lambda module, inputs: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last)))
+    tokens, background = given("tokens")[:1], given("bg_latents")[:1]
+    uncond = torch.zeros_like(tokens) if uncond is None else given("tokens")[1:]
+    with torch.no_grad():
+        Guided(net, tokens, background, uncond, 3.0)(given("pose"))(given("latents"), torch.full((2,), 500))
+    assert len(seen) > 50 and all(seen)
 
 
 @pytest.mark.parametrize("path", ["pose.hint.conv_in", "background.hint", "unet.up.3.attn.0.block.cross_attn.kv",

@@ -11,7 +11,7 @@ from kernels import backend, group_norm_silu
 from kernels.group_norm_silu import group_norm_silu_reference
 
 pytest.importorskip("triton")
-from kernels import group_norm_silu_triton as kernels  # noqa: E402  Triton need not be installed
+from kernels import group_norm_silu_triton as kernels, tiles_triton  # noqa: E402  Triton need not be installed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}    # relative L2
@@ -181,6 +181,20 @@ def test_the_switch_chooses_the_kernel(monkeypatch):
     for mode, wanted in ("torch", group_norm_silu_reference), ("triton", kernels.group_norm_silu_triton):
         monkeypatch.setattr(backend, "MODE", mode)
         assert torch.equal(group_norm_silu(x, weight, bias, 2, 1e-5), wanted(x, weight, bias, 2, 1e-5))
+
+
+def test_where_triton_cannot_launch_plain_pytorch_runs_and_that_is_said(monkeypatch, capsys):
+    def launch_one(device):
+        raise RuntimeError("Failed to find C compiler.\nmore")
+    monkeypatch.setattr(tiles_triton, "launch_one", launch_one)
+    monkeypatch.setattr(backend, "said", set())
+    monkeypatch.setattr(backend, "_reason", backend._reason.__wrapped__)
+    assert backend.why_not("cuda", "").endswith("(RuntimeError: Failed to find C compiler.)")
+    assert "plain PyTorch runs" in capsys.readouterr().err
+
+
+def test_the_smallest_kernel_runs():
+    tiles_triton.launch_one(DEVICE)
 
 
 def test_impossible_clips_and_shifts_are_refused():

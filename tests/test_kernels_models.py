@@ -8,6 +8,7 @@ from formula import MODULE, assert_all_close
 from kernels import attention_triton, backend, group_norm_silu_triton
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="these networks are on the CPU, for Triton's interpreter")
 @pytest.mark.parametrize("of, wanted", [(image, image.MODULES), (temporal, temporal.TENSORS)], ids=["picture", "video"])
 def test_a_unet_of_kernels_gives_the_official_numbers(monkeypatch, of, wanted):
     ran = set()

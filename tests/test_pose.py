@@ -119,6 +119,9 @@ def test_coco_results_are_frames_in_order_with_the_surest_person_first(tmp_path)
 @pytest.mark.parametrize("content, words", [
     ("[{", "not whole JSON"), ("7", "holds no poses"), ({"persons": []}, "holds no poses"),
     ([{"keypoints": [[1, 2, 3]] * 16}], "48 numbers"), ([{"keypoints": [[1, 2, "x"]] * 17}], "holds no poses"),
+    ([{"keypoints": [[1e6, 2, 1]] * 17}], "a joint at 1000000 pixels"),
+    ({"people": [], "canvas_width": 0, "canvas_height": 9}, "a frame of 0 x 9"),
+    ({"people": [], "canvas_width": None, "canvas_height": 9}, "holds no poses"),
     ([{"keypoints": [[1, 2, float("nan")]] * 17}], "finite"), ({"people": [{}]}, "holds no poses")], ids=str)
 def test_json_without_poses_is_refused(tmp_path, content, words):
     with pytest.raises(InputError, match=words):

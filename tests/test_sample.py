@@ -124,6 +124,24 @@ def test_batch_size_and_cache_change_no_frame(place, tmp_path, more):
     assert same(run(place, tmp_path, *scheduler, out="a"), run(place, tmp_path, *more, out="b"))
 
 
+def test_another_batch_or_length_changes_nothing_beyond_rounding(place, tmp_path, monkeypatch):
+    made, pictures = {}, dance._pictures
+    monkeypatch.setattr(dance, "_pictures", lambda model, z: made[name].append(pictures(model, z)) or made[name][-1])
+    for name, more in ("all", ["--batch", "6"]), ("ones", ["--batch", "1"]), ("fewer", ["--batch", "4", "-L", "5"]):
+        made[name] = []
+        run(place, tmp_path, *more, "--dtype", "fp32", out=name)
+        made[name] = torch.cat(made[name])
+    assert (made["ones"] - made["all"]).abs().max() <= 1e-5 and len(made["fewer"]) == 5
+    assert (made["fewer"] - made["all"][:5]).abs().max() <= 1e-5
+
+
+def test_memory_that_is_too_small_is_one_line(place, tmp_path, monkeypatch):
+    def full(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+    monkeypatch.setattr(dance, "_run", full)
+    assert "a smaller --batch" in refusal(place, tmp_path)
+
+
 def test_compiled_networks_make_the_same_frames(place, tmp_path, monkeypatch):
     """Packed layers too; by torch.compile's front end alone, its back end takes minutes."""
     compiler, ran = torch.compile, []
@@ -275,6 +293,23 @@ def test_parts_of_a_set_are_replaced_one_at_a_time(place, validation, tmp_path, 
     assert different == {changed, "pred_gs1.5_scale-cond1.0-ref1.0"}
 
 
+def test_flags_of_poses_and_masks_count_in_a_set_as_well(place, validation, tmp_path):
+    (tmp_path / "far.json").write_text(json.dumps([{"keypoints": [[200, 200, 1]] * 17}]))
+    poses = ("--poses", tmp_path / "far.json", "-L", 1)
+    for name, more in (("a", ()), ("b", ("--pose-size", "256x256"))):
+        evaluate(place, validation, tmp_path / name, "--layout", "disco", *poses, *more)
+    drawn = [np.asarray(Image.open(next((tmp_path / name / "cond").glob("*.png")))).any() for name in ("a", "b")]
+    assert drawn == [False, True]                                        # beyond a canvas of 64 x 64, within one of 256
+    half = np.full((128, 128, 3), 250, np.uint8)
+    half[:, :63] = 0                                                     # its edge falls within a pixel of the 64
+    Image.fromarray(half).save(tmp_path / "half.png")
+    evaluate(place, validation, tmp_path / "c", "--layout", "disco", "-L", 1, "--background", tmp_path / "half.png",
+             "--background-mask", "black")
+    made = np.asarray(Image.open(next((tmp_path / "c" / "ref_control").glob("*.png"))))
+    whole = np.asarray(transforms.fill(Image.fromarray(half), (64, 64)))
+    assert ((made == 128) | (made == whole)).all() and (made == 128).any()           # removed or not, nothing between
+
+
 def test_clips_of_the_video_model_have_the_official_names(place, tmp_path):
     listing = golden("eval_layout.json")
     videos = [keys.split(";") for keys in listing["video_keys"]]
@@ -340,6 +375,9 @@ def test_poses_that_cannot_be_used_are_refused(place, tmp_path):
                         ("dance.mp4", "found first"), ("none", "is not there")):
         assert words in refusal(place, tmp_path, poses=tmp_path / name)
         assert not (tmp_path / "out").exists()
+    (tmp_path / "own.json").write_text('{"images": [], "annotations": []}')
+    (tmp_path / "track.json").write_text(json.dumps([{"keypoints": [[9, 9, 1]] * 17}]))
+    assert "nobody in it" in refusal(place, tmp_path, "--align", tmp_path / "own.json", poses=tmp_path / "track.json")
 
 
 def test_nobody_in_a_pose_is_drawn_black_and_said(place, tmp_path, capsys):
@@ -355,6 +393,7 @@ def test_nobody_in_a_pose_is_drawn_black_and_said(place, tmp_path, capsys):
     (["-W", 250], "248 or 256"), (["-W", 68], "multiple of 8"), (["--steps", 0], "1 to 1000"),
     (["--steps", 2000], "1 to 1000"), (["--batch", 0], "--batch"), (["--cfg", "nan"], "--cfg"), (["-L", 0], "--length"),
     (["--compile", "--no-cache"], "do not go together"), (["--device", "cuda:9"], "cuda:9 is not there"), (["--device", "tpu"], "tpu is not there"),
+    (["--device", "meta"], "meta is not there"), (["--format", "gif", "--fps", 120], "can have 100"),
     (["--format", "avi"], "avi"), (["--pose-size", "10"], "WxH"), (["--overlap", 16], "--overlap"),
     (["--fps", 0], "--fps"),
     (["--latents", __file__], "not a safetensors file"), (["--out", __file__], "already there"),

@@ -100,6 +100,15 @@ def test_saving_replaces_a_picture_and_leaves_no_other_file(tmp_path):
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), FLAT[1]) and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_picture_that_is_broken_off_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(video.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        video.save(tmp_path / "a.png", FLAT[0])
+    assert not list(tmp_path.iterdir())
+
+
 def test_small_frames_are_enlarged_by_a_whole_number_of_times():
     assert video.enlarged(FLAT[0][:20, :30], 64).shape == (60, 90, 3)
     assert video.enlarged(FLAT[0], 64) is FLAT[0]
