@@ -42,6 +42,11 @@ def load(*paths: str | Path, variant: str | None = None, config: str | Path | No
     ours = weights.to_ours(tensors, held)
     model.load_state_dict(model.state_dict() | ours, assign=True)         # the others stay on meta until they are drawn
     _initialise(model, seed)
+    for file in files:
+        if file.variant == "stage1" and model.pose is not None:
+            say(f"{file.path}: of attribute pre-training; its UNet, image encoder and background net go on as such")
+        elif file.variant == "image" and model.config.unet.temporal:
+            say(f"{file.path}: of single pictures; all its networks go on in the video model")
     for part in started:
         say(f"not in the files: {part}")
     return model.to(dtype).eval() if dtype else model.eval()

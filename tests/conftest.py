@@ -1,9 +1,19 @@
 """For every test."""
 import os
+import secrets
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")                       # kernels run on a CPU; before Triton comes
 
 torch.set_num_threads(1)               # tiny tensors gain nothing from a second, and wait for it on a busy machine
+
+
+@pytest.fixture
+def fresh():
+    """Other random numbers each time. A failure prints their seed, and NANODISCO_SEED repeats it."""
+    seed = int(os.environ.get("NANODISCO_SEED", secrets.randbelow(2 ** 31)))
+    print(f"NANODISCO_SEED={seed}")
+    torch.manual_seed(seed)

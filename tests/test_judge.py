@@ -1,5 +1,6 @@
 """Scores: each formula against another program or a picture whose score is known."""
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from nanodisco import dancers, judge, metrics, weights
 from nanodisco.config import ModelConfig, from_dict
 from nanodisco.disco import DisCo
 from nanodisco.errors import InputError
+from nanodisco.loading import load
 
+ROOT = Path(__file__).parent.parent
 OF = judge.pairs(6, 0, 48)
 TRUTH = np.stack([pair.target.picture for pair in OF])
 
@@ -119,6 +122,17 @@ def test_a_model_without_a_pose_net_is_scored_on_the_reference_itself(tmp_path):
                    "cpu", "--json", str(tmp_path / "scores.json")])
     found = json.loads((tmp_path / "scores.json").read_text())
     assert found["copy.psnr"] == 100 and found["hole"] is None           # nothing was uncovered
+
+
+def test_the_shipped_weights_dress_held_out_people_as_their_photos_are():
+    """A small part of the model card: 24 pairs; the wrong person's photo gives the wrong clothes."""
+    files = sorted((ROOT / "weights" / "nano").glob("*.safetensors"))
+    assert files and all(file.stat().st_size <= 15e6 for file in files)
+    net = load(ROOT / "weights" / "nano", say=lambda text: None)
+    right, wrong = (judge.scores(judge.imagined(net, of, 20, 1.5, 0), of) for of in
+                    (judge.pairs(24, 0, 64), judge.pairs(24, 0, 64, stranger=1)))
+    assert right["psnr"] > 21 and right["iou"] > 0.62 and right["shirt_legs"] < 12
+    assert wrong["shirt_legs"] > 2 * right["shirt_legs"]
 
 
 def test_one_picture_has_no_stranger():

@@ -1,10 +1,8 @@
 """Attention's kernels against its formula in float64: on a GPU, or on a CPU in Triton's interpreter.
 
 Errors are relative in the L2 norm. The interpreter cuts bfloat16 off where a GPU rounds, so half of the
-limits is the interpreter's. Seeds are fresh; a failure prints its own, and NANODISCO_SEED repeats it.
+limits is the interpreter's. Seeds are fresh (conftest.py).
 """
-import os
-import secrets
 import sys
 from types import SimpleNamespace
 
@@ -18,6 +16,7 @@ from kernels.attention import attention_reference, temporal_attention_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+pytestmark = pytest.mark.usefixtures("fresh")
 DTYPES = pytest.mark.parametrize("dtype", LIMITS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 STREAMING = {                          # B, L, M, N, K
@@ -48,13 +47,6 @@ PICTURES = {                           # B, L, N, K
 
 
 # ---- Inputs and errors ---------------------------------------------------------------------------
-
-@pytest.fixture(autouse=True)
-def fresh():
-    seed = int(os.environ.get("NANODISCO_SEED", secrets.randbelow(2 ** 31)))
-    print(f"NANODISCO_SEED={seed}")
-    torch.manual_seed(seed)
-
 
 @pytest.fixture(autouse=True)
 def memory_full_of_nan():

@@ -416,6 +416,16 @@ def test_a_set_of_files_is_trained_on_as_the_dancers_are(place):
                                                                 Image.fromarray(reference.mask), 16))
 
 
+def test_other_files_are_refused_when_a_run_goes_on(place):
+    for seed in "01":
+        prepare_data.main(["dancers", "--out", str(place / seed), "--clips", "3", "--frames", "2", "--size", "16",
+                           "--format", "tsv", "--seed", seed])
+    flags = [f"--data={{kind: tsv, path: {place / seed / 'train.yaml'}, width: 16, height: 16}}" for seed in "01"]
+    trained(place, "a", flags[0])
+    with pytest.raises(InputError, match="data: 6 rows, .* -> 6 rows"):
+        trained(place, "a", flags[1], "--resume=auto")
+
+
 def test_clips_are_neighbouring_frames_of_one_video(place):
     config = recipe.DataConfig("dancers", clips=5, width=16, height=16, frames=3, every=2, reference="same")
     shown = data.Training(config, CLIP, True, 0)[0, 4]
@@ -440,7 +450,9 @@ def test_pre_training_has_no_pose_and_its_weights_go_into_the_next_stage(place, 
     (place / "two.yaml").write_text(yaml.safe_dump(values))
     capsys.readouterr()
     net = start.model(recipe.load(place / "two.yaml"), print)
-    assert "pose net; started as a copy of the UNet's encoder" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "pose net; started as a copy of the UNet's encoder" in said
+    assert "one/last: of attribute pre-training; its UNet, image encoder and background net go on" in said
     assert torch.equal(net.background.hint.conv_in.weight, made["background.hint.conv_in.weight"])
     assert torch.equal(net.pose.encoder.conv_in.weight, net.unet.encoder.conv_in.weight)
 
@@ -556,6 +568,12 @@ def test_steps_before_the_first_checkpoint_are_logged_once(place):
 
 
 # ---- What cannot be trained --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, more", [("none.yaml", []), ("tiny.yaml", ["--data={kind: tsv, path: none.yaml}"])])
+def test_files_that_are_missing_are_named(place, name, more):
+    with pytest.raises(InputError, match="none.yaml is not there"):
+        train.main([str(place / name), f"--out={place / 'a'}", "--device=cpu", *more])
+
 
 @pytest.mark.parametrize("argument, words", [
     ("--train.stepz=3", "did you mean 'steps'"), ("--train.lr=fast", "expected float"),
