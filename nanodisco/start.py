@@ -29,7 +29,7 @@ def model(recipe: Recipe, say: Callable[[str], None]) -> DisCo:
     config = recipe.model if recipe.pose or recipe.model is None else replace(recipe.model, pose=None)
     if recipe.start:
         told = (to_dict(config) if config else {}) | ({"uncond": recipe.uncond} if recipe.uncond else {})
-        overrides = [f"--{name}={json.dumps(told[name])}" for name in TOLD if name in told]
+        overrides = [f"--{name}={json.dumps(told[name])}" for name in TOLD if told.get(name) is not None]
         overrides += [f"--clip.crop={json.dumps(config.clip.crop)}"] if config else []
         made = loading.load(*recipe.start, variant=recipe.variant or None, overrides=overrides, seed=recipe.train.seed,
                             say=say)
