@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanodisco.errors import InputError
 from nanodisco.layers import ResBlock
+from nanodisco.muon import Muon, matrices
 from nanodisco.names import official
 from nanodisco.transformer import SpatialTransformer
 
@@ -70,6 +71,14 @@ def select(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen and ".unused_norm." not in name)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def optimizer(model: nn.Module, kind: str, **options) -> torch.optim.AdamW:
+    """For all that trains.   kind: adamw | muon; options: AdamW's"""
+    trains = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if kind == "muon":
+        return Muon([p for _, p in trains], matrices(trains), fused=True, **options)
+    return torch.optim.AdamW([p for _, p in trains], fused=True, **options)
 
 
 def learning_rate(step: int, steps: int, base: float, warmup: float = 0.1, constant: bool = False) -> float:

@@ -35,6 +35,7 @@ class DataConfig:
 class TrainConfig:
     batch: int                         # samples of one update, over all processes and parts
     lr: float                          # highest learning rate
+    optimizer: str = "adamw"           # or muon: for the matrices, AdamW for the rest
     steps: int = 0                     # updates of the weights; 0: as many as `epochs` are
     epochs: int = 0                    # times through the data. official: whole batches only are counted
     accumulate: int = 1                # parts that a process cuts its share of a batch into; 1: none
@@ -86,6 +87,7 @@ class Recipe:
         choices = (("stage", self.stage, ("diffusion", "vae", "decoder")), ("data.kind", d.kind, ("dancers", "tsv")),
                    ("data.reference", d.reference, ("first", "random", "same")),
                    ("train.precision", t.precision, ("fp32", "bf16", "fp16")),
+                   ("train.optimizer", t.optimizer, ("adamw", "muon")),
                    ("train.logger", t.logger, ("", "tensorboard", "wandb")),
                    ("train.loss", t.loss, ("prediction", "epsilon", "v", "x0")),
                    ("uncond", self.uncond, ("", "zeros", "clip-zero")),

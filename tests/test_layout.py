@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 ROWS = [                               # a file imports only from rows above its own; the order to read them in, too
     ["kernels"],
     ["errors"],
-    ["config", "distributed", "files", "graph", "lora", "memo", "metrics", "names", "pose", "shapes",
+    ["config", "distributed", "files", "graph", "lora", "memo", "metrics", "muon", "names", "pose", "shapes",
      "temporal", "transforms", "tsv", "unpickle"],
     ["crops", "diffusion", "estimate", "layers", "recipe", "rooms", "sizes", "transformer", "video"],
     ["clip", "dancers", "inputs", "optim", "sampling", "vae", "weights"],

@@ -244,7 +244,8 @@ def test_an_epoch_shows_every_sample_once_in_an_order_of_its_own():
 # ---- Stopped and gone on with ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("more", [(), ("--train.precision=fp16",), ("--train.precision=bf16", "--data.workers=1"),
-                                  ("--train.lora_rank=2", "--train.unet=crossattn")], ids=str)
+                                  ("--train.lora_rank=2", "--train.unet=crossattn"), ("--train.optimizer=muon",)],
+                         ids=str)
 def test_a_run_in_two_pieces_is_the_whole_run(place, more):
     whole = trained(place, "whole", *more)
     run = place / "pieces"
@@ -581,7 +582,7 @@ def test_files_that_are_missing_are_named(place, name, more):
     ("--train.accumulate=3", "expected a multiple"), ("--train.unet=unet.nothing", "matches no tensor"),
     ("--data.kind=dancer", "expected one of dancers, tsv"),
     ("--start=[pretrained/last]", "it is what this stage goes on"),
-    ("--train.precision=fp8", "expected one of fp32"), ("--model=null", "neither model nor start"),
+    ("--train.precision=fp8", "expected one of fp32"), ("--train.optimizer=sgd", "expected one of adamw, muon"), ("--model=null", "neither model nor start"),
     ("--stage=decoder", "goes on from the weights of a VAE"), ("--train.latent_noise=0.1", "or stage decoder"),
     ("--train.keep=-1", "0 or more"), ("--data.workers=-1", "0 or more"), ("--train.betas=[0.9, 1.5]", "below 1"),
     ("--device=foo", "is not there"), ("--data.width=17", "multiple of 2"), ("--data.frames=3", "a picture model"),

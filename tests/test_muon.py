@@ -1,0 +1,69 @@
+"""Muon against its formula, with the exact orthogonal part in float64."""
+import pytest
+import torch
+from formula import model
+from torch import nn
+
+from nanodisco import muon
+from nanodisco.muon import Muon
+
+OPTIONS = {"lr": 0.1, "betas": (0.9, 0.98), "weight_decay": 0.5}
+
+
+def polar(x):
+    """(x x^T)^(-1/2) x, exactly."""
+    u, _, v = torch.linalg.svd(x.double(), full_matrices=False)
+    return (u @ v).to(x.dtype)
+
+
+@pytest.mark.parametrize("shape", [(20, 64), (64, 20), (32, 32)])
+def test_singular_values_become_about_one_and_directions_stay(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    y = muon.orthogonal(x)
+    values = torch.linalg.svdvals(y.double())
+    assert y.shape == x.shape and values.min() > 0.4 and values.max() < 1.3
+    assert nn.functional.cosine_similarity(y.flatten(), polar(x).flatten(), dim=0) > 0.97
+
+
+def test_a_matrix_moves_by_the_orthogonal_part_of_its_momentum(monkeypatch):
+    monkeypatch.setattr(muon, "orthogonal", polar)
+    weight = nn.Parameter(torch.randn(16, 4, 3, 3, dtype=torch.float64))
+    wanted, momentum = weight.detach().clone(), torch.zeros(16, 36, dtype=torch.float64)
+    optimizer = Muon([weight], [weight], **OPTIONS)
+    for _ in range(3):
+        gradient = torch.randn(16, 4, 3, 3, dtype=torch.float64)
+        weight.grad = gradient.clone()
+        optimizer.step()
+        momentum = 0.95 * momentum + 0.05 * gradient.flatten(1)
+        ahead = 0.05 * gradient.flatten(1) + 0.95 * momentum
+        wanted = (1 - 0.1 * 0.5) * wanted - 0.1 * 0.2 * 6 * polar(ahead).view(16, 4, 3, 3)       # 6: sqrt(36)
+    torch.testing.assert_close(weight.detach(), wanted)
+
+
+def test_everything_else_moves_as_adamw_would_move_it():
+    ours, theirs = (nn.Parameter(torch.ones(5)) for _ in range(2))
+    matrix = nn.Parameter(torch.ones(16, 16))
+    optimizers = Muon([matrix, ours], [matrix], **OPTIONS), torch.optim.AdamW([theirs], **OPTIONS)
+    for i in range(3):
+        ours.grad, theirs.grad, matrix.grad = torch.full((5,), i + 1.0), torch.full((5,), i + 1.0), torch.ones(16, 16)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(ours, theirs) and optimizers[0].state[matrix].keys() == {"momentum"}
+
+
+def test_a_matrix_without_a_gradient_stays():
+    matrix = nn.Parameter(torch.ones(16, 16))
+    Muon([matrix], [matrix], **OPTIONS).step()
+    assert (matrix == 1).all()
+
+
+def test_hidden_layers_are_matrices_and_the_first_the_last_and_the_zeros_are_not():
+    names = {id(p): name for name, p in model("image").named_parameters()}
+    chosen = {names[id(p)] for p in muon.matrices(model("image").named_parameters())}
+    for name in ("unet.encoder.mid.res.0.conv1.weight", "unet.encoder.mid.attn.0.block.self_attn.qkv.weight",
+                 "pose.encoder.mid.res.1.conv2.weight"):
+        assert name in chosen
+    for name in ("unet.encoder.conv_in.weight", "unet.conv_out.weight", "pose.zero_mid.weight", "pose.hint.conv_in.weight",
+                 "clip.vision.conv1.weight", "clip.vision.positional_embedding", "unet.encoder.time.linear1.weight",
+                 "unet.encoder.mid.res.0.conv1.bias"):
+        assert name in names.values() and name not in chosen
