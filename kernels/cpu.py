@@ -121,7 +121,8 @@ def prepack(model: nn.Module) -> None:
 def leave_to_the_file(weight: Tensor) -> None:
     """Weights of a safetensors file are a map of it. Once they are packed, their pages need no memory any more.
 
-    They stay readable: Linux fetches them again from the file. Memory that has no file behind it stays as it is.
+    They stay readable: Linux fetches them again from the file. Memory that has no file behind it
+    goes to swap, if there is any, and else stays as it is.
     """
     page, page_out = 4096, 21                                            # of mman.h
     first, end = -(-weight.data_ptr() // page) * page, (weight.data_ptr() + weight.nbytes) // page * page

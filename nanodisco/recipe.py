@@ -35,12 +35,12 @@ class DataConfig:
 class TrainConfig:
     batch: int                         # samples of one update, over all processes and parts
     lr: float                          # highest learning rate
-    optimizer: str = "adamw"           # or muon: for the matrices, AdamW for the rest
     steps: int = 0                     # updates of the weights; 0: as many as `epochs` are
     epochs: int = 0                    # times through the data. official: whole batches only are counted
     accumulate: int = 1                # parts that a process cuts its share of a batch into; 1: none
     warmup: float = 0.1                # share of the steps
     constant_lr: bool = False          # after the warm-up; false: linearly down
+    optimizer: str = "adamw"           # or muon: for the matrices, AdamW for the rest
     weight_decay: float = 1e-3
     betas: tuple[float, ...] = (0.9, 0.98)
     clip_norm: float = 0.0             # of the gradient; 0: as it is
