@@ -146,7 +146,7 @@ def restore(place: Path, about: dict, state: State) -> None:
                 if key.partition(".")[2] == name and not key.startswith(("weight.", "average."))}
         if kept:
             state.optimizer.state[parameter] = {
-                key: value.to(parameter.device, copy=True) if key == "step" else torch.empty_like(parameter).copy_(value)
+                key: torch.empty_like(value if key == "step" else parameter, device=parameter.device).copy_(value)
                 for key, value in kept.items()}
     if state.scaler and about["scaler"]:
         state.scaler.load_state_dict(about["scaler"])

@@ -126,8 +126,8 @@ class Recipe:
         if self.stage == "decoder" and not self.start:
             raise InputError("start is missing; stage decoder goes on from the weights of a VAE")
         if t.latent_noise and self.stage != "decoder":
-            raise InputError(f"train.latent_noise is {t.latent_noise} in stage {self.stage}; expected 0, or stage decoder: "
-                             "an encoder would only speak louder")
+            raise InputError(f"train.latent_noise is {t.latent_noise} in stage {self.stage}; expected 0, or stage "
+                             "decoder: an encoder would only speak louder")
         if self.model is None and not self.start:
             raise InputError("neither model nor start is given; expected a configuration, or weights to start from")
 

@@ -88,8 +88,8 @@ class VAELoss(nn.Module):
 
     def forward(self, samples: dict[str, Tensor], draws: Draws) -> Tensor:
         """Of a part of a batch, its mean.   -> ()"""
-        noise, steps = (x.to(samples["target"].device) for x in (draws.target, draws.timesteps))
-        return self.vae.loss(samples["target"], noise, 1 + (self.person - 1) * samples["person"], self.noise * steps)
+        noise, t = (x.to(samples["target"].device) for x in (draws.target, draws.timesteps))
+        return self.vae.loss(samples["target"], noise, 1 + (self.person - 1) * samples["person"], self.noise * t)
 
 
 class Loss(nn.Module):

@@ -25,7 +25,8 @@ run() {                                      # name, seconds, command…
 
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     gpu=yes test=150 kernels=120 pipeline=185
-    small=(--ignore=tests/test_kernels_compile.py tests/test_graph.py) budget=(--seconds 100) sizes=(--dtype bf16 --rounds 5)
+    small=(--ignore=tests/test_kernels_compile.py tests/test_graph.py)
+    budget=(--seconds 100) sizes=(--dtype bf16 --rounds 5)
 else
     gpu=no check=300 test=900 kernels=120 pipeline=300
     small=(-x) budget=() sizes=(--dtype fp32 --tiny --rounds 1)

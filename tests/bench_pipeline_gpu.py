@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -131,7 +132,8 @@ def main(arguments: list[str] | None = None) -> None:
     top.add_argument("--tiny", action="store_true", help="small networks, few steps: to see that it runs")
     top.add_argument("--frames", type=int, nargs="+", default=[1, 16])
     top.add_argument("--size", type=int, nargs="+", default=[256], help="pixels (default 256)")
-    top.add_argument("--skip", nargs="*", default=[], choices=[*OURS, *THEIRS, *SLOW_TO_START, "training"], metavar="PROGRAM")
+    top.add_argument("--skip", nargs="*", default=[], metavar="PROGRAM",
+                     choices=[*OURS, *THEIRS, *SLOW_TO_START, "training"])
     top.add_argument("--json", metavar="FILE", help="write the numbers there")
     given = top.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,10 +157,10 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"\n{size} x {size}, {frames} frame(s), bf16, guidance 2\n{'':24} {'ms/step':>9} {'frames/s':>9} "
                       f"{'GiB':>8}")
                 for program, options in programs.items():
-                    make = our_step if program in OURS else their_step
+                    make = partial(our_step if program in OURS else their_step, folder, device, frames, size // 8,
+                                   **options)
                     if program not in given.skip:
-                        keep(f"{size} {frames} {program}", row(
-                            program, lambda: make(folder, device, frames, size // 8, **options), device, frames, rounds))
+                        keep(f"{size} {frames} {program}", row(program, make, device, frames, rounds))
 
         def training(size: int) -> None:
             print(f"\ntraining, {size} x {size}, batch {batch}, bf16 autocast, forward and backward")

@@ -56,8 +56,8 @@ def draw(found: dict) -> Image.Image:
     pen, font = ImageDraw.Draw(paper), ImageFont.load_default(size=13 * FINE)
     for rate in powers(axes.bottom, axes.top):
         pen.line([axes.at(axes.left, rate), axes.at(axes.right, rate)], "#e4e4e4", FINE)
-        pen.text((axes.at(axes.left, rate)[0] - 8 * FINE, axes.at(axes.left, rate)[1]), f"{rate / 1e12:g}", "#444444", font,
-                 anchor="rm")
+        x, y = axes.at(axes.left, rate)
+        pen.text((x - 8 * FINE, y), f"{rate / 1e12:g}", "#444444", font, anchor="rm")
     for intensity in powers(axes.left, axes.right):
         pen.line([axes.at(intensity, axes.bottom), axes.at(intensity, axes.top)], "#e4e4e4", FINE)
         pen.text((axes.at(intensity, axes.bottom)[0], (HIGH - BELOW + 8) * FINE), f"{intensity:g}", "#444444", font,
@@ -67,7 +67,8 @@ def draw(found: dict) -> Image.Image:
     titles = list(dict.fromkeys(point[0] for point in shown))
     for title, _, intensity, rate in shown:
         x, y = axes.at(intensity, rate)
-        pen.ellipse((x - 5 * FINE, y - 5 * FINE, x + 5 * FINE, y + 5 * FINE), COLOURS[titles.index(title) % len(COLOURS)])
+        colour = COLOURS[titles.index(title) % len(COLOURS)]
+        pen.ellipse((x - 5 * FINE, y - 5 * FINE, x + 5 * FINE, y + 5 * FINE), colour)
     for i, title in enumerate(titles):
         pen.text((WIDE * FINE - 30 * FINE, (HIGH - BELOW - 20 - 18 * i) * FINE), title, COLOURS[i % len(COLOURS)], font,
                  anchor="rs")

@@ -63,7 +63,7 @@ def test_hidden_layers_are_matrices_and_the_first_the_last_and_the_zeros_are_not
     for name in ("unet.encoder.mid.res.0.conv1.weight", "unet.encoder.mid.attn.0.block.self_attn.qkv.weight",
                  "pose.encoder.mid.res.1.conv2.weight"):
         assert name in chosen
-    for name in ("unet.encoder.conv_in.weight", "unet.conv_out.weight", "pose.zero_mid.weight", "pose.hint.conv_in.weight",
-                 "clip.vision.conv1.weight", "clip.vision.positional_embedding", "unet.encoder.time.linear1.weight",
-                 "unet.encoder.mid.res.0.conv1.bias"):
+    for name in ("unet.encoder.conv_in.weight", "unet.conv_out.weight", "pose.zero_mid.weight",
+                 "pose.hint.conv_in.weight", "clip.vision.conv1.weight", "clip.vision.positional_embedding",
+                 "unet.encoder.time.linear1.weight", "unet.encoder.mid.res.0.conv1.bias"):
         assert name in names.values() and name not in chosen

@@ -8,7 +8,8 @@ from PIL import Image
 
 CEILINGS = {"flops": 800e12, "bytes": 4e12, "exps": 4e12}
 FOUND = {"ceilings": CEILINGS, "machine": {"gpu": "made up"}, "tables": {
-    "attention": [{"name": "self", "TFLOP/s": 400.0, "GB/s": 1000.0}, {"name": "short", "TFLOP/s": 40.0, "GB/s": 2000.0}],
+    "attention": [{"name": "self", "TFLOP/s": 400.0, "GB/s": 1000.0},
+                  {"name": "short", "TFLOP/s": 40.0, "GB/s": 2000.0}],
     "group norm": [{"name": "320@32", "TFLOP/s": 0, "GB/s": 3000.0}]}}
 
 

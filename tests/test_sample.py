@@ -392,7 +392,8 @@ def test_nobody_in_a_pose_is_drawn_black_and_said(place, tmp_path, capsys):
 @pytest.mark.parametrize("more, words", [
     (["-W", 250], "248 or 256"), (["-W", 68], "multiple of 8"), (["--steps", 0], "1 to 1000"),
     (["--steps", 2000], "1 to 1000"), (["--batch", 0], "--batch"), (["--cfg", "nan"], "--cfg"), (["-L", 0], "--length"),
-    (["--compile", "--no-cache"], "do not go together"), (["--device", "cuda:9"], "cuda:9 is not there"), (["--device", "tpu"], "tpu is not there"),
+    (["--compile", "--no-cache"], "do not go together"),
+    (["--device", "cuda:9"], "cuda:9 is not there"), (["--device", "tpu"], "tpu is not there"),
     (["--device", "meta"], "meta is not there"), (["--format", "gif", "--fps", 120], "can have 100"),
     (["--format", "avi"], "avi"), (["--pose-size", "10"], "WxH"), (["--overlap", 16], "--overlap"),
     (["--fps", 0], "--fps"),

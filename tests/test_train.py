@@ -510,7 +510,8 @@ def test_the_average_of_a_run_follows_its_formula(place):
 def test_the_rate_that_is_logged_is_the_schedule(place):
     trained(place, "a", "--train.warmup=0.5")
     rates = [json.loads(line)["lr"] for line in (place / "a" / "log.jsonl").read_text().splitlines()]
-    assert rates == [optim.learning_rate(step, 6, 1e-3, 0.5) for step in range(6)] and rates[1] == pytest.approx(1e-3 / 3)
+    assert rates == [optim.learning_rate(step, 6, 1e-3, 0.5) for step in range(6)]
+    assert rates[1] == pytest.approx(1e-3 / 3)
 
 
 def test_a_vae_and_its_average_begin_at_principal_components(place):
@@ -582,11 +583,13 @@ def test_files_that_are_missing_are_named(place, name, more):
     ("--train.accumulate=3", "expected a multiple"), ("--train.unet=unet.nothing", "matches no tensor"),
     ("--data.kind=dancer", "expected one of dancers, tsv"),
     ("--start=[pretrained/last]", "it is what this stage goes on"),
-    ("--train.precision=fp8", "expected one of fp32"), ("--train.optimizer=sgd", "expected one of adamw, muon"), ("--model=null", "neither model nor start"),
+    ("--train.precision=fp8", "expected one of fp32"), ("--train.optimizer=sgd", "expected one of adamw, muon"),
+    ("--model=null", "neither model nor start"),
     ("--stage=decoder", "goes on from the weights of a VAE"), ("--train.latent_noise=0.1", "or stage decoder"),
     ("--train.keep=-1", "0 or more"), ("--data.workers=-1", "0 or more"), ("--train.betas=[0.9, 1.5]", "below 1"),
     ("--device=foo", "is not there"), ("--data.width=17", "multiple of 2"), ("--data.frames=3", "a picture model"),
-    (("--train.only_pose=true", "--pose=false"), "nothing is left to train"), ("--train.steps=0", "expected one of them"),
+    (("--train.only_pose=true", "--pose=false"), "nothing is left to train"),
+    ("--train.steps=0", "expected one of them"),
     ("--data={kind: tsv}", "data.path is missing"), ("--train.ema=2", "expected 0 to 1")])
 def test_bad_recipes_are_refused(place, argument, words):
     with pytest.raises(InputError, match=words):
