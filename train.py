@@ -72,7 +72,8 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint.refuse_changes({key: resumed[1][key] for key in about}, about, resumed[0])
     if not resumed and recipe.stage == "vae" and model.config.vae.linear and not recipe.start:
         start.principal_components(model, dataset)
-    optimizer = optim.optimizer(model, t.optimizer, lr=t.lr, betas=t.betas, weight_decay=t.weight_decay)
+    optimizer = optim.optimizer(model, t.optimizer, world.each, lr=t.lr, betas=t.betas,
+                                weight_decay=t.weight_decay)
     average = optim.Average(model.named_parameters()) if t.ema and world.rank == 0 else None
     scaler = torch.amp.GradScaler(world.device.split(":")[0]) if t.precision == "fp16" else None
     state = checkpoint.State(model, optimizer, average, scaler)

@@ -44,13 +44,16 @@ class Batch:
 
 @dataclass
 class Draws:
-    """Everything random in one training step, so that the loss itself is a function."""
-    timesteps: Tensor                  # (B,) int64; a clip has one
-    noise: Tensor                      # like the latent (B, C, [F,] h, w)
+    """Everything random in one training step, so that the loss itself is a function.
+
+    Each of B samples is noised K times, which lie side by side: row i K + k is of sample i.
+    """
+    timesteps: Tensor                  # (B*K,) int64; a clip has one
+    noise: Tensor                      # like the latent (B*K, C, [F,] h, w)
     target: Tensor                     # posterior noise of the target (B*F, C, h, w)
     background: Tensor                 # posterior noise of the background (B, C, h, w)
-    drop_reference: Tensor             # (B,) bool: train without this reference
-    drop_pose: Tensor                  # (B, F) bool: train without this frame's pose
+    drop_reference: Tensor             # (B*K,) bool: train without this reference
+    drop_pose: Tensor                  # (B*K, F) bool: train without this frame's pose
 
 
 class DisCo(nn.Module):
@@ -138,7 +141,7 @@ class DisCo(nn.Module):
         return unfold(out, frames) if zt.ndim == 5 else out
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator, drop_reference: float = 0.0,
-             drop_pose: float = 0.0, drop_whole_batch: bool = False) -> Draws:
+             drop_pose: float = 0.0, drop_whole_batch: bool = False, noises: int = 1) -> Draws:
         """The random numbers of one step for targets (B, 3, [F,] H, W), in the official order.
 
         They lie where the generator does. Both probabilities are a sample's own. official: one coin drops the
@@ -146,15 +149,15 @@ class DisCo(nn.Module):
         """
         factor, channels, device = self.config.vae.factor, self.config.vae.channels, generator.device
         samples, frames = shape[0], shape[2] if len(shape) == 5 else 1
-        size = (shape[-2] // factor, shape[-1] // factor)
-        of_clip = (samples, channels, frames, *size) if len(shape) == 5 else (samples, channels, *size)
-        coins = torch.rand(samples, generator=generator, device=device)
-        dropped = (coins[:1].expand(samples) if drop_whole_batch else coins) < drop_reference
-        hidden = torch.rand(samples, frames, generator=generator, device=device) < drop_pose
+        size, noised = (shape[-2] // factor, shape[-1] // factor), samples * noises
+        of_clip = (noised, channels, frames, *size) if len(shape) == 5 else (noised, channels, *size)
+        coins = torch.rand(noised, generator=generator, device=device)
+        dropped = (coins[:1].expand(noised) if drop_whole_batch else coins) < drop_reference
+        hidden = torch.rand(noised, frames, generator=generator, device=device) < drop_pose
         return Draws(
             target=torch.randn(samples * frames, channels, *size, generator=generator, device=device),
             noise=torch.randn(of_clip, generator=generator, device=device),
-            timesteps=torch.randint(self.config.diffusion.steps, (samples,), generator=generator, device=device),
+            timesteps=torch.randint(self.config.diffusion.steps, (noised,), generator=generator, device=device),
             background=torch.randn(samples, channels, *size, generator=generator, device=device),
             drop_reference=dropped, drop_pose=hidden)
 
@@ -167,12 +170,16 @@ class DisCo(nn.Module):
         choice of its command line that crashes.
         `weight` (B, 1, [F,] h, w): how many times each place of the latents counts.
         """
+        def noised(x: Tensor) -> Tensor:                                 # (B, …) -> (B*K, …), of what is encoded once
+            return x.repeat_interleave(len(draws.timesteps) // len(batch.target), dim=0)
         prediction = self.config.diffusion.prediction
         on = prediction if on == "prediction" else on
         target, frames = fold(batch.target)
         z0 = self.vae.to_latent(target, draws.target)                    # (B*F, C, h, w)
-        z0 = unfold(z0, frames) if batch.target.ndim == 5 else z0
+        z0 = noised(unfold(z0, frames) if batch.target.ndim == 5 else z0)
         conditions = self.conditions(batch.reference, batch.background, batch.pose, draws.background)
+        conditions = Conditions(*(None if x is None else noised(x)
+                                  for x in (conditions.tokens, conditions.pose, conditions.background)))
         drop = draws.drop_reference[:, None, None]
         if drop.any():
             conditions.tokens = torch.where(drop, self.unconditional_tokens(conditions.tokens), conditions.tokens)
@@ -186,7 +193,8 @@ class DisCo(nn.Module):
             z0_hat, eps_hat = diffusion.split(out, zt, a, prediction)
             out = {"x0": z0_hat, "epsilon": eps_hat, "v": diffusion.velocity(z0_hat, eps_hat, a)}[on]
         wanted = {"x0": z0, "epsilon": draws.noise, "v": diffusion.velocity(z0, draws.noise, a)}[on]
-        errors = weight * mse_loss(out, wanted.float(), reduction="none")
+        errors = mse_loss(out, wanted.float(), reduction="none")
+        errors = errors * (noised(weight) if isinstance(weight, Tensor) else weight)
         if min_snr is not None:
             errors = errors * diffusion.min_snr_weight(a, min_snr, on)
         return errors.mean()

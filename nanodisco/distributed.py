@@ -5,6 +5,7 @@
     loss = world.sum(loss)
 """
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -50,6 +51,18 @@ class World:
         if self.size > 1:
             distributed.all_reduce(x)
         return x
+
+    def each(self, parameters: list[Tensor], make: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """make(parameter) of all, on all processes, although each makes every `size`-th only.
+
+        What is made has the parameter's shape and bfloat16's values, or is rounded to them.
+        """
+        if self.size == 1 or not parameters:
+            return [make(p) for p in parameters]
+        own = [make(p).bfloat16() if i % self.size == self.rank else torch.zeros_like(p, dtype=torch.bfloat16)
+               for i, p in enumerate(parameters)]
+        whole = self.sum(torch.cat([x.flatten() for x in own]))          # of zeros and one other: exact
+        return [part.view_as(p) for part, p in zip(whole.split([p.numel() for p in parameters]), parameters)]
 
     def wait(self) -> None:
         """Until all have come here."""

@@ -8,7 +8,7 @@ arXiv:2502.16982, eq. 4.) A gradient of a weight matrix is mostly a few directio
 A convolution is the matrix of its filters, (out, in * height * width). Not what sees pictures, makes latents or
 embeds: the first and last convolutions, ControlNets' zero convolutions, positions, times.
 """
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -25,40 +25,50 @@ def matrices(named: Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
             and not any(part in name for part in NOT_HIDDEN)]
 
 
-class Muon(torch.optim.AdamW):
-    """AdamW of which `matrices` are exempt. State of a matrix: its momentum."""
+def every(parameters: list[nn.Parameter], make: Callable[[nn.Parameter], Tensor]) -> list[Tensor]:
+    """One process makes all of them."""
+    return [make(p) for p in parameters]
 
-    def __init__(self, parameters: list[nn.Parameter], matrices: list[nn.Parameter], **options):
+
+class Muon(torch.optim.AdamW):
+    """AdamW of which `matrices` are exempt. State of a matrix: its momentum.
+
+    each: how the orthogonal parts are made; World.each shares the work out among processes.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], matrices: list[nn.Parameter], each=every, **options):
         theirs = {id(p) for p in matrices}
-        groups = [{"params": [p for p in parameters if id(p) not in theirs]}, {"params": matrices}]
+        groups = [{"params": [p for p in parameters if id(p) not in theirs]},
+                  {"params": sorted(matrices, key=Tensor.numel)}]        # neighbours are equal shares of work
         super().__init__([group for group in groups if group["params"]], **options)
-        self.matrices = theirs
+        self.matrices, self.each = theirs, each
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            for p in group["params"]:
-                if id(p) in self.matrices and p.grad is not None:
-                    self._move(p, group["lr"], group["weight_decay"])
-                    p.grad = None                                        # AdamW leaves it alone then
+            moved = [p for p in group["params"] if id(p) in self.matrices and p.grad is not None]
+            for p in moved:
+                self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - MOMENTUM)
+            for p, way in zip(moved, self.each(moved, self._way)):
+                longer = max(p.shape[0], p[0].numel())
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(way, alpha=-group["lr"] * LIKE_ADAM * longer ** 0.5)
+                p.grad = None                                            # AdamW leaves it alone then
         return super().step(closure)
 
-    def _move(self, p: nn.Parameter, lr: float, decay: float) -> None:
-        momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-        momentum.lerp_(p.grad, 1 - MOMENTUM)
-        way = orthogonal(p.grad.lerp(momentum, MOMENTUM).flatten(1)).view_as(p)
-        p.mul_(1 - lr * decay).add_(way, alpha=-lr * LIKE_ADAM * max(p.shape[0], p[0].numel()) ** 0.5)
+    def _way(self, p: nn.Parameter) -> Tensor:
+        return orthogonal(p.grad.lerp(self.state[p]["momentum"], MOMENTUM).flatten(1)).view_as(p)
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """(x x^T)^(-1/2) x, roughly: singular values become 0.7 to 1.2.   (R, C) -> the same, in bfloat16 inside
+    """(x x^T)^(-1/2) x, roughly: singular values become 0.7 to 1.2.   (R, C) -> the same, in bfloat16's values
 
     Five Newton-Schulz steps of a quintic whose slope at zero is steep, which is worth more than accuracy here.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    y = x.bfloat16() if len(x) <= x[0].numel() else x.bfloat16().T
+    tall = len(x) > x[0].numel()
+    y = x.T.bfloat16().contiguous() if tall else x.bfloat16()
     y = y / (y.norm() + 1e-7)
     for _ in range(5):
-        square = y @ y.T
-        y = a * y + (b * square + c * square @ square) @ y
-    return (y if len(x) <= x[0].numel() else y.T).to(x.dtype)
+        s = y @ y.T
+        y = torch.addmm(y, torch.addmm(s, s, s, beta=b, alpha=c), y, beta=a)       # a y + (b s + c s s) y
+    return (y.T if tall else y).to(x.dtype)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanodisco.errors import InputError
 from nanodisco.layers import ResBlock
-from nanodisco.muon import Muon, matrices
+from nanodisco.muon import Muon, every, matrices
 from nanodisco.names import official
 from nanodisco.transformer import SpatialTransformer
 
@@ -73,11 +73,11 @@ def select(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def optimizer(model: nn.Module, kind: str, **options) -> torch.optim.AdamW:
-    """For all that trains.   kind: adamw | muon; options: AdamW's"""
+def optimizer(model: nn.Module, kind: str, each=every, **options) -> torch.optim.AdamW:
+    """For all that trains.   kind: adamw | muon; each: see Muon; options: AdamW's"""
     trains = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if kind == "muon":
-        return Muon([p for _, p in trains], matrices(trains), fused=True, **options)
+        return Muon([p for _, p in trains], matrices(trains), each, fused=True, **options)
     return torch.optim.AdamW([p for _, p in trains], fused=True, **options)
 
 

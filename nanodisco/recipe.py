@@ -37,6 +37,7 @@ class TrainConfig:
     lr: float                          # highest learning rate
     steps: int = 0                     # updates of the weights; 0: as many as `epochs` are
     epochs: int = 0                    # times through the data. official: whole batches only are counted
+    noises: int = 1                    # times that a sample is noised in an update: encoded once, seen so often
     accumulate: int = 1                # parts that a process cuts its share of a batch into; 1: none
     warmup: float = 0.1                # share of the steps
     constant_lr: bool = False          # after the warm-up; false: linearly down
@@ -96,8 +97,8 @@ class Recipe:
             if value not in allowed:
                 raise InputError(f"{name} is {value!r}; expected one of {', '.join(filter(None, allowed))}")
         for group in (t, d):
-            for name in ("batch", "accumulate", "log_every", "save_every", "validate_count", "frames", "every", "width",
-                         "height"):
+            for name in ("batch", "noises", "accumulate", "log_every", "save_every", "validate_count", "frames", "every",
+                         "width", "height"):
                 if getattr(group, name, 1) < 1:
                     raise InputError(f"{name} is {getattr(group, name)}; expected 1 or more")
         if (t.steps > 0) == (t.epochs > 0) or min(t.steps, t.epochs) < 0:
@@ -125,6 +126,8 @@ class Recipe:
                              + (", for data.slide" if d.slide else ""))
         if self.stage == "decoder" and not self.start:
             raise InputError("start is missing; stage decoder goes on from the weights of a VAE")
+        if t.noises > 1 and self.stage != "diffusion":
+            raise InputError(f"train.noises is {t.noises} in stage {self.stage}; expected 1: only diffusion has noise")
         if t.latent_noise and self.stage != "decoder":
             raise InputError(f"train.latent_noise is {t.latent_noise} in stage {self.stage}; expected 0, or stage "
                              "decoder: an encoder would only speak louder")

@@ -62,12 +62,12 @@ def draws(net: DisCo, share: torch.Size, whole: int, train: TrainConfig, step: i
     """
     state = int(np.random.SeedSequence([train.seed, step]).generate_state(1, np.uint64)[0])
     return net.draw((whole, *share[1:]), torch.Generator().manual_seed(state), train.drop_reference, train.drop_pose,
-                    train.drop_whole_batch)
+                    train.drop_whole_batch, train.noises)
 
 
 def rows(draws: Draws, first: int, count: int) -> Draws:
     """Those of some samples of a batch."""
-    samples = len(draws.timesteps)
+    samples = len(draws.background)
     return Draws(**{f.name: x.unflatten(0, (samples, -1))[first:first + count].flatten(0, 1)
                     for f in fields(draws) for x in [getattr(draws, f.name)]})
 

@@ -112,6 +112,19 @@ def test_min_snr_weights_each_sample_by_its_own_step():
         assert_close(net.loss(batch, draws, min_snr=5.0), wanted, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("variant, prefix", [("image", ""), ("temporal", "t_")])
+def test_the_loss_of_samples_noised_twice_is_the_mean_of_two_losses(variant, prefix):
+    net, (batch, draws) = model(variant), training_data(prefix)
+    twice = net.draw(batch.target.shape, torch.Generator().manual_seed(5), 0.5, 0.5, noises=2)
+    assert twice.drop_reference.any() and twice.drop_pose.any()
+    times = ("timesteps", "noise", "drop_reference", "drop_pose")
+    halves = [replace(twice, **{name: getattr(twice, name)[k::2] for name in times}) for k in range(2)]
+    weight = torch.rand(len(batch.target), 1, *draws.noise.shape[2:])
+    with torch.no_grad():
+        wanted = sum(net.loss(batch, half, weight=weight) for half in halves) / 2
+        assert_close(net.loss(batch, twice, weight=weight), wanted, rtol=1e-5, atol=0)
+
+
 # ---- What a step draws -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("variant, prefix", [("image", ""), ("temporal", "t_")])

@@ -181,7 +181,8 @@ def test_parts_of_a_batch_add_up(place):
 
 
 @pytest.mark.parametrize("more", [(), ("--train.accumulate=2",), ("--train.checkpointing=true",),
-                                  ("--train.clip=true",), ("--train.lora_rank=2", "--train.unet=crossattn")], ids=str)
+                                  ("--train.clip=true",), ("--train.noises=3",),
+                                  ("--train.optimizer=muon",), ("--train.lora_rank=2", "--train.unet=crossattn")], ids=str)
 def test_two_processes_are_as_one(place, more):
     """11 clips in batches of 4: the last batch of an epoch has 3, and leaves one part empty."""
     trained(place, "one", *more)
@@ -586,6 +587,7 @@ def test_files_that_are_missing_are_named(place, name, more):
     ("--train.precision=fp8", "expected one of fp32"), ("--train.optimizer=sgd", "expected one of adamw, muon"),
     ("--model=null", "neither model nor start"),
     ("--stage=decoder", "goes on from the weights of a VAE"), ("--train.latent_noise=0.1", "or stage decoder"),
+    (("--stage=vae", "--train.noises=2"), "only diffusion has noise"),
     ("--train.keep=-1", "0 or more"), ("--data.workers=-1", "0 or more"), ("--train.betas=[0.9, 1.5]", "below 1"),
     ("--device=foo", "is not there"), ("--data.width=17", "multiple of 2"), ("--data.frames=3", "a picture model"),
     (("--train.only_pose=true", "--pose=false"), "nothing is left to train"),
