@@ -1,4 +1,9 @@
 """Muon against its formula, with the exact orthogonal part in float64."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from formula import model
@@ -8,6 +13,25 @@ from nanodisco import muon
 from nanodisco.muon import Muon
 
 OPTIONS = {"lr": 0.1, "betas": (0.9, 0.98), "weight_decay": 0.5}
+
+
+SHARED = """
+import sys
+import torch
+from nanodisco.distributed import World
+from nanodisco.muon import Muon
+
+world = World.join("cpu")
+torch.manual_seed(0)
+weights = [torch.nn.Parameter(torch.randn(shape)) for shape in ((16, 40), (9,), (24, 4, 3, 3), (16, 16), (16, 40))]
+optimizer = Muon(weights, [p for p in weights if p.ndim > 1], world.each, lr=0.1)
+for _ in range(3):
+    for p in weights:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+torch.save([p.detach() for p in weights], f"{sys.argv[1]}/{world.size}-{world.rank}.pt")
+world.leave()
+"""
 
 
 def polar(x):
@@ -67,3 +91,14 @@ def test_hidden_layers_are_matrices_and_the_first_the_last_and_the_zeros_are_not
                  "pose.hint.conv_in.weight", "clip.vision.conv1.weight", "clip.vision.positional_embedding",
                  "unet.encoder.time.linear1.weight", "unet.encoder.mid.res.0.conv1.bias"):
         assert name in names.values() and name not in chosen
+
+
+def test_processes_that_share_the_work_have_the_bits_of_one_that_does_it_all(tmp_path):
+    (tmp_path / "shared.py").write_text(SHARED)
+    for processes in (1, 2):
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+                        str(tmp_path / "shared.py"), str(tmp_path)], check=True, capture_output=True,
+                       cwd=Path(__file__).parent.parent, env=os.environ | {"PYTHONPATH": "."})
+    one, *two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    for weights in two:
+        assert all(torch.equal(a, b) for a, b in zip(one, weights, strict=True))

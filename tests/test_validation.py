@@ -1,12 +1,15 @@
 """validation.py: what is seen of a run, and that looking changes nothing."""
 import json
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import RECIPE, same, trained
 
 import prepare_data
@@ -114,6 +117,28 @@ def test_a_logger_that_is_not_installed_is_named_with_its_pip_line(place, monkey
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(InputError, match=f"pip install {name}"):
         trained(place, "a", f"--train.logger={name}")
+
+
+def test_tensorboard_has_the_numbers_of_the_log_once_also_after_a_resume(place):
+    trained(place, "a", "--train.logger=tensorboard", "--train.keep=0")
+    shutil.rmtree(place / "a" / "step-0000006")
+    trained(place, "a", "--train.logger=tensorboard", "--train.keep=0", "--resume=auto")
+    events = EventAccumulator(str(place / "a" / "tensorboard")).Reload()
+    for name in ("loss", "lr"):
+        seen = [(event.step, event.value) for event in events.Scalars(name)]
+        assert np.allclose(seen, [(line["step"], line[name]) for line in log(place / "a")])
+
+
+def test_wandb_is_given_the_lines_of_the_log(place, monkeypatch):
+    runs, lines = [], []
+
+    def init(**about):
+        runs.append(about)
+        return SimpleNamespace(log=lambda line, step: lines.append(line | {"step": step}))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    trained(place, "a", "--train.logger=wandb")
+    assert lines == log(place / "a")
+    assert runs == [{"project": "nanodisco", "name": "a", "dir": place / "a"}]
 
 
 def test_rows_to_validate_on_are_not_cropped(place):
