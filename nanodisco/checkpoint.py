@@ -144,7 +144,8 @@ def restore(place: Path, about: dict, state: State) -> None:
     for name, parameter in state.named().items():
         kept = {key.partition(".")[0]: value for key, value in training.items()
                 if key.partition(".")[2] == name and not key.startswith(("weight.", "average."))}
-        if kept:
+        matrix = id(parameter) in getattr(state.optimizer, "matrices", ())
+        if kept.keys() == ({"momentum"} if matrix else {"step", "exp_avg", "exp_avg_sq"}):   # else another optimizer's
             state.optimizer.state[parameter] = {
                 key: torch.empty_like(value if key == "step" else parameter, device=parameter.device).copy_(value)
                 for key, value in kept.items()}

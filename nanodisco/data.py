@@ -104,6 +104,9 @@ class Dancers:
     """Clips of the dancers, drawn when they are asked for; clip i is person i, room i, dance i."""
 
     def __init__(self, config: DataConfig):
+        if config.first < dancers.HELD_OUT < config.first + config.clips:
+            raise InputError(f"data.first {config.first} and data.clips {config.clips} reach into the held-out dancers "
+                             f"from {dancers.HELD_OUT} on; expected fewer")
         self.config = config
 
     def __len__(self) -> int:

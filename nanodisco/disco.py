@@ -46,7 +46,7 @@ class Batch:
 class Draws:
     """Everything random in one training step, so that the loss itself is a function.
 
-    Each of B samples is noised K times, which lie side by side: row i K + k is of sample i.
+    Each of B samples is noised K times; row i K + k of what is drawn for that is of sample i.
     """
     timesteps: Tensor                  # (B*K,) int64; a clip has one
     noise: Tensor                      # like the latent (B*K, C, [F,] h, w)
@@ -149,15 +149,15 @@ class DisCo(nn.Module):
         """
         factor, channels, device = self.config.vae.factor, self.config.vae.channels, generator.device
         samples, frames = shape[0], shape[2] if len(shape) == 5 else 1
-        size, noised = (shape[-2] // factor, shape[-1] // factor), samples * noises
-        of_clip = (noised, channels, frames, *size) if len(shape) == 5 else (noised, channels, *size)
-        coins = torch.rand(noised, generator=generator, device=device)
-        dropped = (coins[:1].expand(noised) if drop_whole_batch else coins) < drop_reference
-        hidden = torch.rand(noised, frames, generator=generator, device=device) < drop_pose
+        size, rows = (shape[-2] // factor, shape[-1] // factor), samples * noises
+        of_clip = (rows, channels, frames, *size) if len(shape) == 5 else (rows, channels, *size)
+        coins = torch.rand(rows, generator=generator, device=device)
+        dropped = (coins[:1].expand(rows) if drop_whole_batch else coins) < drop_reference
+        hidden = torch.rand(rows, frames, generator=generator, device=device) < drop_pose
         return Draws(
             target=torch.randn(samples * frames, channels, *size, generator=generator, device=device),
             noise=torch.randn(of_clip, generator=generator, device=device),
-            timesteps=torch.randint(self.config.diffusion.steps, (noised,), generator=generator, device=device),
+            timesteps=torch.randint(self.config.diffusion.steps, (rows,), generator=generator, device=device),
             background=torch.randn(samples, channels, *size, generator=generator, device=device),
             drop_reference=dropped, drop_pose=hidden)
 
@@ -170,15 +170,15 @@ class DisCo(nn.Module):
         choice of its command line that crashes.
         `weight` (B, 1, [F,] h, w): how many times each place of the latents counts.
         """
-        def noised(x: Tensor) -> Tensor:                                 # (B, …) -> (B*K, …), of what is encoded once
+        def repeated(x: Tensor) -> Tensor:                               # (B, …) -> (B*K, …)
             return x.repeat_interleave(len(draws.timesteps) // len(batch.target), dim=0)
         prediction = self.config.diffusion.prediction
         on = prediction if on == "prediction" else on
         target, frames = fold(batch.target)
         z0 = self.vae.to_latent(target, draws.target)                    # (B*F, C, h, w)
-        z0 = noised(unfold(z0, frames) if batch.target.ndim == 5 else z0)
+        z0 = repeated(unfold(z0, frames) if batch.target.ndim == 5 else z0)
         conditions = self.conditions(batch.reference, batch.background, batch.pose, draws.background)
-        conditions = Conditions(*(None if x is None else noised(x)
+        conditions = Conditions(*(None if x is None else repeated(x)
                                   for x in (conditions.tokens, conditions.pose, conditions.background)))
         drop = draws.drop_reference[:, None, None]
         if drop.any():
@@ -194,7 +194,7 @@ class DisCo(nn.Module):
             out = {"x0": z0_hat, "epsilon": eps_hat, "v": diffusion.velocity(z0_hat, eps_hat, a)}[on]
         wanted = {"x0": z0, "epsilon": draws.noise, "v": diffusion.velocity(z0, draws.noise, a)}[on]
         errors = mse_loss(out, wanted.float(), reduction="none")
-        errors = errors * (noised(weight) if isinstance(weight, Tensor) else weight)
+        errors = errors * (repeated(weight) if isinstance(weight, Tensor) else weight)
         if min_snr is not None:
             errors = errors * diffusion.min_snr_weight(a, min_snr, on)
         return errors.mean()

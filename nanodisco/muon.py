@@ -5,8 +5,9 @@
 
 (Keller Jordan, 2024; the factor of 0.2 gives a step the size of AdamW's, so that one learning rate does for both:
 arXiv:2502.16982, eq. 4.) A gradient of a weight matrix is mostly a few directions; O has all of them, equally large.
-A convolution is the matrix of its filters, (out, in * height * width). Not what sees pictures, makes latents or
-embeds: the first and last convolutions, ControlNets' zero convolutions, positions, times.
+A convolution is the matrix of its filters: its first axis by all others. Not what sees pictures or noise, what embeds,
+and what begins as nothing: the first and last convolutions, positions, times, ControlNets' zero convolutions, LoRA's
+factors.
 """
 from collections.abc import Callable, Iterable
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 MOMENTUM = 0.95
 LIKE_ADAM = 0.2
 SMALLEST = 16                          # side of a matrix that is worth it
-NOT_HIDDEN = ("conv_in.", "conv_out.", "vision.conv1.", "zero_", "positional_embedding", ".time.linear")
+NOT_HIDDEN = ("conv_in.", "conv_out.", "vision.conv1.", "zero_", "positional_embedding", ".time.linear",
+              ".parametrizations.")
 
 
 def matrices(named: Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
@@ -25,37 +27,44 @@ def matrices(named: Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
             and not any(part in name for part in NOT_HIDDEN)]
 
 
-def every(parameters: list[nn.Parameter], make: Callable[[nn.Parameter], Tensor]) -> list[Tensor]:
-    """One process makes all of them."""
+Make = Callable[[nn.Parameter], Tensor]
+
+
+def alone(parameters: list[nn.Parameter], make: Make) -> list[Tensor]:
+    """One process makes all."""
     return [make(p) for p in parameters]
 
 
 class Muon(torch.optim.AdamW):
     """AdamW of which `matrices` are exempt. State of a matrix: its momentum.
 
-    each: how the orthogonal parts are made; World.each shares the work out among processes.
+    each: make(p) for each p of a list; World.each shares the work out among processes.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], matrices: list[nn.Parameter], each=every, **options):
+    def __init__(self, parameters: list[nn.Parameter], matrices: list[nn.Parameter],
+                 each: Callable[[list[nn.Parameter], Make], list[Tensor]] = alone, **options):
         theirs = {id(p) for p in matrices}
         groups = [{"params": [p for p in parameters if id(p) not in theirs]},
-                  {"params": sorted(matrices, key=Tensor.numel)}]        # neighbours are equal shares of work
+                  {"params": sorted(matrices, key=Tensor.numel)}]        # dealt out in turn, they are equal shares
         super().__init__([group for group in groups if group["params"]], **options)
         self.matrices, self.each = theirs, each
+        self._step_supports_amp_scaling = False                          # GradScaler then leaves out what overflowed
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
             moved = [p for p in group["params"] if id(p) in self.matrices and p.grad is not None]
             for p in moved:
-                self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - MOMENTUM)
-            for p, way in zip(moved, self.each(moved, self._way)):
-                longer = max(p.shape[0], p[0].numel())
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(way, alpha=-group["lr"] * LIKE_ADAM * longer ** 0.5)
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                self.state[p]["momentum"].lerp_(p.grad, 1 - MOMENTUM)
+            for p, direction in zip(moved, self.each(moved, self._direction)):
+                size = group["lr"] * LIKE_ADAM * max(p.shape[0], p[0].numel()) ** 0.5
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-size)
                 p.grad = None                                            # AdamW leaves it alone then
         return super().step(closure)
 
-    def _way(self, p: nn.Parameter) -> Tensor:
+    def _direction(self, p: nn.Parameter) -> Tensor:
         return orthogonal(p.grad.lerp(self.state[p]["momentum"], MOMENTUM).flatten(1)).view_as(p)
 
 

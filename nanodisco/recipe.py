@@ -37,11 +37,11 @@ class TrainConfig:
     lr: float                          # highest learning rate
     steps: int = 0                     # updates of the weights; 0: as many as `epochs` are
     epochs: int = 0                    # times through the data. official: whole batches only are counted
-    noises: int = 1                    # times that a sample is noised in an update: encoded once, seen so often
     accumulate: int = 1                # parts that a process cuts its share of a batch into; 1: none
     warmup: float = 0.1                # share of the steps
     constant_lr: bool = False          # after the warm-up; false: linearly down
     optimizer: str = "adamw"           # or muon: for the matrices, AdamW for the rest
+    noises: int = 1                    # noisings of each sample in an update; it is drawn and encoded once
     weight_decay: float = 1e-3
     betas: tuple[float, ...] = (0.9, 0.98)
     clip_norm: float = 0.0             # of the gradient; 0: as it is
@@ -127,7 +127,8 @@ class Recipe:
         if self.stage == "decoder" and not self.start:
             raise InputError("start is missing; stage decoder goes on from the weights of a VAE")
         if t.noises > 1 and self.stage != "diffusion":
-            raise InputError(f"train.noises is {t.noises} in stage {self.stage}; expected 1: only diffusion has noise")
+            raise InputError(f"train.noises is {t.noises} in stage {self.stage}; expected 1: only stage diffusion "
+                             "noises its samples")
         if t.latent_noise and self.stage != "decoder":
             raise InputError(f"train.latent_noise is {t.latent_noise} in stage {self.stage}; expected 0, or stage "
                              "decoder: an encoder would only speak louder")

@@ -28,7 +28,10 @@ STEPS, GUIDANCE = 20, 1.5              # guidance where references are dropped i
 
 
 class Log:
-    """The run's log file and, if asked for, TensorBoard or wandb beside it. What they have of later steps is void."""
+    """The run's log file and, if asked for, TensorBoard or wandb beside it.
+
+    What TensorBoard has of later steps is void from now on; wandb has a run of its own for each piece.
+    """
 
     def __init__(self, folder: Path, recipe: Recipe, step: int):
         self.path = folder / "log.jsonl"
@@ -47,7 +50,7 @@ def _tensorboard(folder: Path, step: int) -> Callable[[dict], None]:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise InputError("train.logger: TensorBoard is not installed; pip install tensorboard") from None
-    writer = SummaryWriter(folder / "tensorboard", purge_step=step)
+    writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def write(line: dict) -> None:
         for name, value in line.items():

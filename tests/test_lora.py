@@ -4,7 +4,7 @@ import torch
 from formula import build, training_data
 from test_train import place, same, tensors, trained  # noqa: F401  place is a fixture
 
-from nanodisco import checkpoint, lora, optim
+from nanodisco import checkpoint, lora, muon, optim
 from nanodisco.errors import InputError
 from nanodisco.loading import load
 
@@ -29,6 +29,10 @@ def moved(net):
 @torch.no_grad()
 def test_a_model_begins_as_it_was():
     assert torch.equal(lowered()[0].loss(*training_data()), build("image").loss(*training_data()))
+
+
+def test_factors_are_left_to_adamw():
+    assert not any(p.requires_grad for p in muon.matrices(lowered(rank=16)[0].named_parameters()))
 
 
 @torch.no_grad()

@@ -16,13 +16,14 @@ import torch
 import yaml
 from formula import LOSS, build, golden, training_data
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import prepare_data
 import train
 from nanodisco import checkpoint, dancers, data, optim, recipe, start, transforms, weights
 from nanodisco.config import ClipConfig, ModelConfig, from_dict, to_dict
-from nanodisco.disco import DisCo
+from nanodisco.disco import Batch, DisCo
 from nanodisco.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -130,14 +131,16 @@ def test_activations_that_are_not_kept_are_computed_again():
     assert len(calls) == 2
 
 
-def test_a_step_that_overflows_changes_nothing(place, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_that_overflows_changes_nothing(place, monkeypatch, optimizer):
     before = start.model(recipe.load(place / "tiny.yaml"), print).state_dict()
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device: SCALER(device, init_scale=2.0 ** 100))
-    after = trained(place, "b", "--train.steps=1", "--train.precision=fp16", "--train.lr=1.0", "--train.warmup=0")
+    after = trained(place, "b", "--train.steps=1", "--train.precision=fp16", "--train.lr=1.0", "--train.warmup=0",
+                    f"--train.optimizer={optimizer}")
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert all(torch.equal(before[name.removeprefix("training.weight.")], tensor) for name, tensor in after.items()
                if name.startswith("training.weight."))
-    assert not any(tensor.any() for name, tensor in after.items() if name.startswith("training.exp"))
+    assert not any(tensor.any() for name, tensor in after.items() if name.startswith(("training.exp", "training.mom")))
 
 
 def test_a_loss_that_overflows_in_float16_is_passed_over_but_not_for_ever(place, monkeypatch):
@@ -165,6 +168,35 @@ def test_how_a_run_is_watched_and_saved_may_change_when_it_goes_on(place):
     assert same(whole, trained(place, "a", "--resume=auto", "--train.save_every=1", "--train.log_every=3"))
 
 
+def test_a_recipe_s_loss_is_the_model_s_with_what_it_says(place):
+    r = recipe.load(place / "tiny.yaml", ["--train.person=3", "--train.min_snr=0.5", "--train.loss=x0"])
+    net = start.model(r, print)
+    samples = next(data.loader(data.Training(r.data, net.config.clip, True, 1), 4, 0, 1, 0, 1, 0))
+    draws = start.draws(net, samples["target"].shape, 4, r.train, 0)
+    batch = Batch(samples["target"], samples["reference"], samples["background"], samples["pose"])
+    weight = 1 + 2 * torch.nn.functional.interpolate(samples["person"], draws.noise.shape[2:], mode="area")
+    with torch.no_grad():
+        assert torch.equal(start.Loss(net, r.train)(samples, draws), net.loss(batch, draws, 0.5, "x0", weight))
+
+
+def test_a_gradient_that_is_clipped_to_nothing_moves_nothing(place):
+    before = start.model(recipe.load(place / "tiny.yaml"), print).state_dict()
+    after = trained(place, "a", "--train.clip_norm=1e-30", "--train.weight_decay=0")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_frozen_encoders_keep_nothing_for_a_backward_pass(place):
+    r = recipe.load(place / "tiny.yaml")
+    net, seen = start.model(r, print), []
+    optim.select(net, optim.trainable([name for name, _ in net.named_parameters()]))
+    for part in (net.vae.encoder, net.clip.vision):
+        part.register_forward_hook(lambda module, given, made: seen.append(made))
+    samples = next(data.loader(data.Training(r.data, net.config.clip, True, 1), 4, 0, 1, 0, 1, 0))
+    start.Loss(net, r.train)(samples, start.draws(net, samples["target"].shape, 4, r.train, 0)).backward()
+    assert len(seen) >= 3                                                # two pictures and a reference, or none too
+    assert not any(x.requires_grad for made in seen for x in (made if isinstance(made, tuple) else (made,)))
+
+
 def test_what_is_frozen_stays(place):
     net = start.model(recipe.load(place / "tiny.yaml"), print)
     after = trained(place, "a", "--train.unet=crossattn", "--train.freeze_pose=true", "--train.ema=0")
@@ -181,7 +213,8 @@ def test_parts_of_a_batch_add_up(place):
 
 
 @pytest.mark.parametrize("more", [(), ("--train.accumulate=2",), ("--train.checkpointing=true",),
-                                  ("--train.clip=true",), ("--train.noises=3",), ("--train.lora_rank=2", "--train.unet=crossattn")], ids=str)
+                                  ("--train.clip=true",), ("--train.noises=3", "--train.accumulate=2"),
+                                  ("--train.lora_rank=2", "--train.unet=crossattn")], ids=str)
 def test_two_processes_are_as_one(place, more):
     """11 clips in batches of 4: the last batch of an epoch has 3, and leaves one part empty."""
     trained(place, "one", *more)
@@ -266,9 +299,11 @@ def test_the_scale_of_an_fp16_loss_goes_on(place, monkeypatch):
     assert scales[0] == scales[1] and scales[0]["scale"] == 1024 * 2 ** 3        # doubled every other step
 
 
-def test_three_processes_that_go_on_end_with_the_bits_of_those_that_were_not_stopped(place):
+@pytest.mark.parametrize("more", [(), ("--train.optimizer=muon", "--train.noises=2", "--train.precision=bf16")],
+                         ids=str)
+def test_three_processes_that_go_on_end_with_the_bits_of_those_that_were_not_stopped(place, more):
     """Three add in an order, so it must not depend on when a process began."""
-    more = ("--train.batch=3", "--train.keep=0", "--resume=force")
+    more += ("--train.batch=3", "--train.keep=0", "--resume=force")
     for out in ("whole", "pieces"):
         subprocess.run(command(place, out, *more, ranks=3), env=environment(), check=True, capture_output=True)
     for step in (4, 6):
@@ -330,22 +365,44 @@ train.main(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize("moment, steps_saved", [
-    ("nanodisco.start:Loss.forward:5", 2), ("nanodisco.start:Loss.forward:6", 2),            # in a step, between its parts
-    ("nanodisco.judge:imagined:1", 2), ("nanodisco.judge:write_sheet:1", 2),                 # in the validation of step 3
-    ("nanodisco.checkpoint:_write_tensors:2", 1), ("nanodisco.checkpoint:checksum:6", 1),    # while the second is saved
-    ("os:rename:8", 1), ("nanodisco.checkpoint:point:2", 2), ("pathlib:Path.symlink_to:2", 2),       # while it is renamed
-    ("nanodisco.checkpoint:found:6", 3)])                                                    # before old ones go
-def test_killed_at_this_moment_a_run_ends_with_the_same_bits(place, moment, steps_saved):
-    more = ("--train.save_every=1", "--train.accumulate=2", "--train.validate_every=3", "--train.validate_count=1",
-            "--resume=auto")
+EACH_STEP = ("--train.save_every=1", "--train.accumulate=2", "--train.validate_every=3", "--train.validate_count=1",
+             "--resume=auto")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """What one and two processes make that are not killed."""
+    place = tmp_path_factory.mktemp("unbroken")
+    (place / "tiny.yaml").write_text(yaml.safe_dump(RECIPE))
+    subprocess.run(command(place, "two", *EACH_STEP, ranks=2), env=environment(), check=True, capture_output=True)
+    return {1: trained(place, "one", *EACH_STEP), 2: tensors(place / "two")}
+
+
+@pytest.mark.parametrize("moment, folders, ranks", [
+    ("nanodisco.start:Loss.forward:5", 2, 1),                            # in step 3
+    ("nanodisco.start:Loss.forward:6", 2, 1), ("nanodisco.start:Loss.forward:6", 2, 2),      # between its parts
+    ("nanodisco.judge:imagined:1", 2, 1),                                # in the validation of step 3
+    ("nanodisco.judge:write_sheet:1", 2, 1), ("nanodisco.judge:write_sheet:1", 2, 2),
+    ("nanodisco.checkpoint:_write_tensors:2", 1, 1),                     # while the second checkpoint is written
+    ("nanodisco.checkpoint:checksum:6", 1, 1),
+    ("os:rename:8", 1, 1), ("os:rename:8", 1, 2),                        # before it is renamed
+    ("nanodisco.checkpoint:point:2", 2, 1),                              # before `last` is moved, and half-way
+    ("os:replace:2", 2, 1),
+    ("nanodisco.checkpoint:found:6", 3, 1)])                             # before the first one is removed
+def test_killed_at_this_moment_a_run_ends_with_the_same_bits(place, unbroken, moment, folders, ranks):
     (place / "killer.py").write_text(KILLER)
-    subprocess.run(command(place, "whole", *more), env=environment(), check=True, capture_output=True)
-    arguments = command(place, "killed", *more)[2:]
-    process = subprocess.run([sys.executable, str(place / "killer.py"), moment, *arguments], env=environment())
-    assert process.returncode == -signal.SIGKILL and len(checkpoint.found(place / "killed")) == min(steps_saved, 3)
-    subprocess.run(command(place, "killed", *more), env=environment(), check=True, capture_output=True)
-    assert same(tensors(place / "whole"), tensors(place / "killed"))
+    python, *launch = command(place, "killed", *EACH_STEP, ranks=ranks)
+    launch[launch.index(str(ROOT / "train.py"))] = str(place / "killer.py")
+    launch.insert(launch.index(str(place / "killer.py")) + 1, moment)
+    ended = subprocess.run([python, *launch], env=environment(), capture_output=True).returncode
+    assert ended == -signal.SIGKILL if ranks == 1 else ended != 0
+    assert len(checkpoint.found(place / "killed")) == folders
+    if ranks == 1:
+        trained(place, "killed", *EACH_STEP)
+    else:
+        subprocess.run(command(place, "killed", *EACH_STEP, ranks=ranks), env=environment(), check=True,
+                       capture_output=True)
+    assert same(unbroken[ranks], tensors(place / "killed")) and not list((place / "killed").glob(".step-*"))
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(place, capsys):
@@ -414,6 +471,40 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(place):
         assert os.readlink(small / "run" / "last") == newest.name and not list((small / "run").glob(".step-*"))
     finally:
         os.system(f"umount {small}")
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one_whole(place, monkeypatch):
+    saves, save_file = [], checkpoint.save_file
+
+    def full(*given):
+        saves.append(1)
+        if len(saves) == 2:
+            raise SafetensorError("I/O error: No space left on device")
+        save_file(*given)
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(InputError, match="No space left on device; nothing was written"):
+        trained(place, "a")
+    assert [path.name for path in checkpoint.found(place / "a")] == ["step-0000002"]
+    assert os.readlink(place / "a" / "last") == "step-0000002" and not list((place / "a").glob(".step-*"))
+
+
+@pytest.mark.parametrize("first, then", [("adamw", "muon"), ("muon", "adamw")])
+def test_by_force_a_run_goes_on_with_another_optimizer(place, first, then):
+    trained(place, "a", f"--train.optimizer={first}", "--train.steps=4")
+    trained(place, "a", f"--train.optimizer={then}", "--resume=force")
+    new = tensors(place / "a")
+    trained(place, "b", f"--train.optimizer={then}")
+    assert new.keys() == tensors(place / "b").keys()
+
+
+def test_by_force_another_number_of_processes_is_dealt_the_same_batches(place):
+    trained(place, "one", "--train.keep=0")
+    trained(place, "two", "--train.keep=0")
+    for step in (4, 6):
+        shutil.rmtree(place / "two" / f"step-{step:07}")
+    subprocess.run(command(place, "two", "--train.keep=0", "--resume=force", ranks=2), env=environment(), check=True,
+                   capture_output=True)
+    assert difference(place / "one", place / "two") < 1e-5
 
 
 def test_another_recipe_is_refused_with_what_changed(place):
@@ -626,7 +717,8 @@ def test_files_that_are_missing_are_named(place, name, more):
     ("--train.precision=fp8", "expected one of fp32"), ("--train.optimizer=sgd", "expected one of adamw, muon"),
     ("--model=null", "neither model nor start"),
     ("--stage=decoder", "goes on from the weights of a VAE"), ("--train.latent_noise=0.1", "or stage decoder"),
-    (("--stage=vae", "--train.noises=2"), "only diffusion has noise"),
+    (("--stage=vae", "--train.noises=2"), "only stage diffusion noises"),
+    (f"--data.first={dancers.HELD_OUT - 5}", "reach into the held-out dancers"),
     ("--train.keep=-1", "0 or more"), ("--data.workers=-1", "0 or more"), ("--train.betas=[0.9, 1.5]", "below 1"),
     ("--device=foo", "is not there"), ("--data.width=17", "multiple of 2"), ("--data.frames=3", "a picture model"),
     (("--train.only_pose=true", "--pose=false"), "nothing is left to train"),

@@ -37,6 +37,7 @@ def test_pictures_and_scores_come_every_so_many_steps(place):
     trained(place, "a", *LOOK)
     assert sorted(path.name for path in (place / "a" / "validation").iterdir()) == ["step-0000003.png",
                                                                                     "step-0000006.png"]
+    assert (place / "a" / "loss.png").exists()
     lines = [line for line in log(place / "a") if "val_psnr" in line]
     assert [line["step"] for line in lines] == [3, 6] and all(line["val_ssim"] <= 1 for line in lines)
     size, gap = 2 * RECIPE["data"]["height"], 8
