@@ -97,8 +97,8 @@ class Recipe:
             if value not in allowed:
                 raise InputError(f"{name} is {value!r}; expected one of {', '.join(filter(None, allowed))}")
         for group in (t, d):
-            for name in ("batch", "noises", "accumulate", "log_every", "save_every", "validate_count", "frames", "every",
-                         "width", "height"):
+            for name in ("batch", "noises", "accumulate", "log_every", "save_every", "validate_count", "frames",
+                         "every", "width", "height"):
                 if getattr(group, name, 1) < 1:
                     raise InputError(f"{name} is {getattr(group, name)}; expected 1 or more")
         if (t.steps > 0) == (t.epochs > 0) or min(t.steps, t.epochs) < 0:
