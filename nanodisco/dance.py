@@ -159,16 +159,15 @@ def _cut(length: int, size: int) -> list[range]:
 def _run(model: DisCo, given: Namespace, source: Track | Set) -> int:
     video_model = model.config.unet.temporal
     start = Start(given, model)
-    one_reference = isinstance(source, Track)
     batches = source.batches(given, video_model)
     calls = given.steps + (given.scheduler == "pndm" and given.steps > 1)
     times: dict = {}
-    guided = None
+    guided = seen = None
     with Results(given, model) as results, tqdm(total=calls * len(batches), unit="step", disable=None) as bar:
         for frames in batches:
             shown = source.shown(frames, model.config.clip, together=video_model)
-            if guided is None or not one_reference:
-                guided = _guided(model, given, shown, start, times)
+            if seen is None or not all(map(torch.equal, seen, (shown.reference, shown.background))):
+                guided, seen = _guided(model, given, shown, start, times), (shown.reference, shown.background)
             for step in _steps(model, given, guided, shown, start, frames):
                 bar.update()
             results.write(shown, _pictures(model, fold(step.z)[0]))
@@ -176,7 +175,7 @@ def _run(model: DisCo, given: Namespace, source: Track | Set) -> int:
 
 
 def _guided(model: DisCo, given: Namespace, shown: Shown, start: "Start", times: dict) -> Guided:
-    """Encode reference and background, once for all frames of a reference."""
+    """Encode reference and background, once for all batches that show the same."""
     device = model.device
     seen = model.conditions(shown.reference.to(device), shown.background.to(device, model.dtype), None,
                             start.background_noise(len(shown.background)))

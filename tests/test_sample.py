@@ -22,6 +22,7 @@ from test_golden_sampling import IMAGE_RUNS
 import prepare_data
 import sample
 from nanodisco import dance, data, transforms, video, weights
+from nanodisco.disco import DisCo
 from nanodisco.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -253,6 +254,13 @@ def evaluate(place, validation, out, *more, weights="image"):
 def test_validation_set_takes_its_reference_from_the_first_frame_of_each_video(validation):
     rows = data.Validation(validation)
     assert [rows.video(i) for i in range(3)] == [range(0, 2), range(0, 2), range(2, 3)]
+
+
+def test_a_reference_is_encoded_once_for_all_batches_that_show_it(place, validation, tmp_path, monkeypatch):
+    encoded, conditions = [], DisCo.conditions
+    monkeypatch.setattr(DisCo, "conditions", lambda *given: encoded.append(1) or conditions(*given))
+    evaluate(place, validation, tmp_path / "out", "--batch", 1)
+    assert len(encoded) == 2                                             # of two videos, the first of two frames
 
 
 def test_official_layout_has_the_official_names(place, validation, tmp_path):
