@@ -30,10 +30,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import group_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import group_norm, layer_norm, scaled_dot_product_attention, silu
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from kernels import attention, backend, group_norm_silu, temporal_attention  # noqa: E402
+from kernels import attention, backend, geglu, group_norm_silu, temporal_attention  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
@@ -160,11 +160,29 @@ def norm_cases(backward: bool = False) -> Iterator[Case]:
                    aim=3.0)
 
 
+# ---- What has no kernel of ours yet --------------------------------------------------------------------------
+
+def pointwise_cases(B: int = 32) -> Iterator[Case]:
+    """Plain operations of the transformers: where `compiled` is much faster, a kernel would be worth writing."""
+    for C, L in [(320, 1024), (640, 256), (1280, 64)] if GPU else [(32, 16)]:
+        x = torch.randn(B, L, 8 * C, device=DEVICE, dtype=DTYPE)
+        yield Case(f"GEGLU {L}x{8 * C}", [x], geglu, geglu, 0, 0, x.nbytes * 3 // 2, aim=0.0)
+        x, more = torch.randn(2, B, L, C, device=DEVICE, dtype=DTYPE)
+        weight, bias = 1 + 0.1 * torch.randn(C, device=DEVICE, dtype=DTYPE), 0.1 * torch.ones_like(x[0, 0])
+        yield Case(f"add + LayerNorm {L}x{C}", [x, more, weight, bias], add_layer_norm, add_layer_norm, 0, 0,
+                   3 * x.nbytes, aim=0.0)
+
+
+def add_layer_norm(x: Tensor, more: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return layer_norm(x + more, weight.shape, weight, bias)
+
+
 TABLES = {"attention, B = 32": lambda: attention_cases(32 if GPU else 2),
           "temporal": temporal_cases,
           "norm": norm_cases,
           "attention backward": lambda: attention_cases(32 if GPU else 2, backward=True),
           "norm backward": lambda: norm_cases(backward=True),
+          "pointwise": lambda: pointwise_cases(32 if GPU else 2),
           "attention, B = 2": lambda: attention_cases(2) if GPU else []}
 
 
