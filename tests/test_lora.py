@@ -32,7 +32,10 @@ def test_a_model_begins_as_it_was():
 
 
 def test_factors_are_left_to_adamw():
-    assert not any(p.requires_grad for p in muon.matrices(lowered(rank=16)[0].named_parameters()))
+    net = lowered(rank=16)[0]
+    matrices = {id(p) for p in muon.matrices(net.named_parameters())}
+    factors = [p for name, p in net.named_parameters() if lora.belongs(name)]
+    assert factors and matrices and not matrices & set(map(id, factors))
 
 
 @torch.no_grad()
