@@ -65,9 +65,10 @@ def main(argv: list[str] | None = None) -> None:
             "ceiling.": judge.scores(judge.through_vae(model, of), of)}
     print(f"{'':10}" + "".join(f"{column:>11}" for column in COLUMNS))
     for name, row in zip(("ours", "copy", "ceiling"), rows.values()):
-        print(f"{name:10}" + "".join(f"{row[column]:11.3f}" for column in COLUMNS))
+        print(f"{name:10}" + "".join(f"{'–':>11}" if math.isnan(row[column]) else f"{row[column]:11.3f}"
+                                    for column in COLUMNS))
     if given.pictures:
-        judge.write_sheet(Path(given.pictures), judge.sheet(made[:16], of[:16]))
+        judge.write_sheet(Path(given.pictures), judge.sheet(made[:16], of[:16], not same))
     if given.json:
         found = {prefix + column: None if math.isnan(row[column]) else row[column]
                  for prefix, row in rows.items() for column in COLUMNS}

@@ -1,13 +1,14 @@
 """Training, every stage: what is trained on what, and how, is in a YAML file (nanodisco/recipe.py).
 
-    python train.py config/nano/finetune.yaml
+    python train.py config/nano/vae.yaml
     torchrun --nproc-per-node=8 train.py config/finetune.yaml --train.lr=1e-4
-    python train.py config/nano/finetune.yaml --resume=auto      # after whatever stopped it
+    python train.py config/nano/vae.yaml --resume=auto           # after whatever stopped it
 """
 import argparse
 import os
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from nanodisco import recipe as recipes
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     from nanodisco.distributed import World
 
     world, t, folder = World.join(given.device), recipe.train, Path(recipe.out)
-    say = print if world.rank == 0 else lambda text: None
+    say = partial(print, flush=True) if world.rank == 0 else lambda text: None
     if world.device == "cpu":
         cpu.suit_small_tensors()
     if t.batch % (world.size * t.accumulate):
@@ -68,8 +69,9 @@ def main(argv: list[str] | None = None) -> None:
 
     about = {"recipe": recipes.lasting(recipe), "data": dataset.source.fingerprint(), "processes": world.size}
     resumed = checkpoint.newest(folder, say) if given.resume else None
-    if resumed and given.resume != "force":
-        checkpoint.refuse_changes({key: resumed[1][key] for key in about}, about, resumed[0])
+    if resumed:
+        checkpoint.refuse_changes({key: resumed[1][key] for key in about}, about, resumed[0], given.resume == "force",
+                                  say)
     if not resumed and recipe.stage == "vae" and model.config.vae.linear and not recipe.start:
         start.principal_components(model, dataset)
     optimizer = optim.optimizer(model, t.optimizer, world.each, lr=t.lr, betas=t.betas,
@@ -149,6 +151,7 @@ def main(argv: list[str] | None = None) -> None:
             log.write({"step": state.step, **{name: value if value < float("inf") else None
                                               for name, value in (("loss", loss), ("norm", norm))},
                        "lr": rate, "steps_per_second": round(speed, 3)})
+        stopped = time.perf_counter()
         if t.validate_every and (state.step % t.validate_every == 0 or state.step == steps):
             if world.rank == 0:
                 with (average.shown(model) if average else nullcontext(),
@@ -163,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
                                      f"({folder}/last). Resume with another learning rate: --resume=force --train.lr=…")
                 checkpoint.save(folder, state, model.config, about, t.keep)
             world.wait()
+        began += time.perf_counter() - stopped                           # speed is that of steps alone
     bar.close()
     if world.rank == 0:
         validation.curve(folder / "log.jsonl", folder / "loss.png")

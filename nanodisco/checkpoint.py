@@ -129,7 +129,10 @@ def newest(run: Path, say: Callable[[str], None]) -> tuple[Path, dict] | None:
 
 
 def restore(place: Path, about: dict, state: State) -> None:
-    """Put a checkpoint's content into a State that was made by the same recipe."""
+    """Put a checkpoint's content into a State that was made by the same recipe.
+
+    What another optimizer remembered is left out: this one begins anew there.
+    """
     model, training = load_file(place / "model.safetensors"), load_file(place / "training.safetensors")
     held = {name.removeprefix("weight."): tensor.shape for name, tensor in (model | training).items()}
     other = [name for name, tensor in state.model.state_dict().items() if held.get(name) != tensor.shape]
@@ -199,7 +202,10 @@ def differences(old: dict, new: dict, where: str = "") -> list[str]:
     return changed
 
 
-def refuse_changes(old: dict, new: dict, place: Path) -> None:
-    if changed := differences(old, new):
-        raise InputError(f"{place} was made by another run ({'; '.join(changed)}); give it what it had, "
-                         "or --resume=force to go on with the new")
+def refuse_changes(old: dict, new: dict, place: Path, force: bool, say: Callable[[str], None]) -> None:
+    """InputError with all differences; by `force` they are said, and the run goes on."""
+    if changed := "; ".join(differences(old, new)):
+        if not force:
+            raise InputError(f"{place} was made by another run ({changed}); give it what it had, or --resume=force to "
+                             "go on with the new")
+        say(f"{place} was made by another run; it goes on by force: {changed}")

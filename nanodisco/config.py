@@ -231,7 +231,7 @@ def override(values: dict, arguments: list[str]) -> dict:
     for argument in arguments:
         path, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not equals:
-            raise InputError(f"cannot read {argument!r}; expected --group.key=value")
+            raise InputError(f"cannot read {argument!r}; expected --group.key=value or --key=value")
         *groups, key = path.split(".")
         place = values
         for group in groups:

@@ -58,7 +58,7 @@ def dance(given: Namespace, say: Say) -> int:
     paths = [path for path in (given.sd, given.weights) if path]
     model = load(*paths, overrides=overrides, dtype=DTYPES[given.dtype], seed=given.seed, say=say)
     if given.cfg > 1 and not given.uncond:
-        say(f"no reference is: {model.config.uncond} (--uncond)")
+        say(f"guidance: without a reference the model sees {model.config.uncond} (--uncond)")
     factor = model.config.vae.factor
     for side, pixels in (("-W", given.width), ("-H", given.height)):
         if pixels % factor:

@@ -2,7 +2,7 @@
 
 Every command line of this project answers bad input in the same way: one line on stderr that says
 what was wrong, what was expected and what to do; exit code 2; no traceback; nothing half-written.
-A traceback therefore always means a bug of ours.
+A traceback therefore means a bug of ours, or, with many processes, that another one is gone.
 """
 import errno
 import sys

@@ -153,10 +153,11 @@ def copied(of: list[Pair]) -> np.ndarray:
     return np.stack([pair.reference.picture for pair in of])
 
 
-def sheet(made: np.ndarray, of: list[Pair]) -> list[np.ndarray]:
-    """reference, pose, truth, picture, … of each pair"""
+def sheet(made: np.ndarray, of: list[Pair], with_pose: bool = True) -> list[np.ndarray]:
+    """reference, pose (black if the model sees none), truth, picture, … of each pair"""
     return [frame for picture, pair in zip(made, of)
-            for frame in (pair.reference.picture, np.asarray(pair.pose()), pair.target.picture, picture)]
+            for frame in (pair.reference.picture, np.asarray(pair.pose()) * np.uint8(with_pose), pair.target.picture,
+                          picture)]
 
 
 def write_sheet(path: Path, frames: list[np.ndarray]) -> None:

@@ -96,18 +96,17 @@ class Recipe:
         for name, value, allowed in choices:
             if value not in allowed:
                 raise InputError(f"{name} is {value!r}; expected one of {', '.join(filter(None, allowed))}")
-        for group in (t, d):
+        for where, group in (("train", t), ("data", d)):
             for name in ("batch", "noises", "accumulate", "log_every", "save_every", "validate_count", "frames",
                          "every", "width", "height"):
                 if getattr(group, name, 1) < 1:
-                    raise InputError(f"{name} is {getattr(group, name)}; expected 1 or more")
-        if (t.steps > 0) == (t.epochs > 0) or min(t.steps, t.epochs) < 0:
-            raise InputError(f"train.steps is {t.steps}, train.epochs {t.epochs}; expected one of them, 1 or more")
-        for group in (t, d):
+                    raise InputError(f"{where}.{name} is {getattr(group, name)}; expected 1 or more")
             for name in ("keep", "workers", "seed", "lora_rank", "weight_decay", "min_snr", "person", "clip_norm",
                          "latent_noise", "first", "validate_every"):
                 if getattr(group, name, 0) < 0:
-                    raise InputError(f"{name} is {getattr(group, name)}; expected 0 or more")
+                    raise InputError(f"{where}.{name} is {getattr(group, name)}; expected 0 or more")
+        if (t.steps > 0) == (t.epochs > 0) or min(t.steps, t.epochs) < 0:
+            raise InputError(f"train.steps is {t.steps}, train.epochs {t.epochs}; expected one of them, 1 or more")
         for name in ("warmup", "ema", "drop_reference", "drop_pose"):
             if not 0 <= getattr(t, name) <= 1:
                 raise InputError(f"train.{name} is {getattr(t, name)}; expected 0 to 1")

@@ -8,6 +8,7 @@ Validation draws nothing from the run's random numbers: a run is the same with a
 """
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -39,9 +40,11 @@ class Log:
         self.more = openers[recipe.train.logger](folder, step)
 
     def write(self, line: dict) -> None:
-        """A dict of numbers with `step` among them."""
+        """A dict of numbers with `step` among them. Shown too, where nobody watches the bar."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        if not sys.stderr.isatty():                                      # where tqdm shows no bar
+            print(", ".join(f"{name} {value:.4g}" for name, value in line.items() if value is not None), flush=True)
         self.more(line)
 
 
@@ -89,7 +92,7 @@ def _of_dancers(model: DisCo, recipe: Recipe) -> tuple[dict, list]:
                      person=first if first >= 0 else None)
     made = judge.imagined(model, of, STEPS, _guidance(recipe), SEED) if recipe.stage == "diffusion" else (
         judge.through_vae(model, of))
-    return judge.scores(made, of), judge.sheet(made, of)
+    return judge.scores(made, of), judge.sheet(made, of, model.pose is not None)
 
 
 def _of_rows(model: DisCo, recipe: Recipe) -> tuple[dict, list]:
@@ -154,13 +157,10 @@ def curve(log: Path, picture: Path) -> None:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers between the two: 1, 2, 5 times powers of ten; finer if those are fewer than three."""
-    for digits in ((1, 2, 5), range(1, 10), np.arange(1, 10, 0.2).round(1)):
-        ticks = [digit * 10.0 ** power for power in range(-12, 12) for digit in digits]
-        found = [float(f"{tick:.3g}") for tick in ticks if low <= tick <= high]
-        if len(found) >= 3:
-            break
-    return found
+    """Round numbers between the two: 1, 2, 5 times powers of ten; as `_marks` if those are fewer than three."""
+    ticks = [float(f"{digit * 10.0 ** power:.3g}") for power in range(-12, 12) for digit in (1, 2, 5)]
+    found = [tick for tick in ticks if low <= tick <= high]
+    return found if len(found) >= 3 else [float(f"{tick:.6g}") for tick in _marks(low, high)]
 
 
 def _marks(first: float, last: float) -> list[float]:

@@ -489,9 +489,11 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one_whole(place, mon
 
 
 @pytest.mark.parametrize("first, then", [("adamw", "muon"), ("muon", "adamw")])
-def test_by_force_a_run_goes_on_with_another_optimizer(place, first, then):
+def test_by_force_a_run_goes_on_with_another_optimizer(place, first, then, capsys):
     trained(place, "a", f"--train.optimizer={first}", "--train.steps=4")
+    capsys.readouterr()
     trained(place, "a", f"--train.optimizer={then}", "--resume=force")
+    assert f"it goes on by force: recipe.train.optimizer: {first} -> {then}" in capsys.readouterr().out
     new = tensors(place / "a")
     trained(place, "b", f"--train.optimizer={then}")
     assert new.keys() == tensors(place / "b").keys()

@@ -152,9 +152,17 @@ def test_rows_to_validate_on_are_not_cropped(place):
     assert np.array_equal(sheet[8:40:2, 88:120:2], dancers.sample(*[dancers.HELD_OUT] * 3, 0, 16).picture)
 
 
+def test_without_a_terminal_each_line_of_the_log_is_printed(place, capsys):
+    trained(place, "a")
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in printed if line.startswith("step ")] == [f"step {i}" for i in range(1, 7)]
+    assert f"loss {log(place / 'a')[2]['loss']:.4g}" in printed[3]
+
+
 def test_ticks_are_round_numbers_between_the_ends():
     assert validation._ticks(0.09, 6) == [0.1, 0.2, 0.5, 1, 2, 5]
-    assert validation._ticks(0.21, 0.26) == [0.22, 0.24, 0.26]
+    assert validation._ticks(0.21, 0.26) == [0.21, 0.22, 0.23, 0.24, 0.25, 0.26]
+    assert validation._ticks(0.085, 0.112) == [0.09, 0.1, 0.11]          # equal steps also across a power of ten
 
 
 @pytest.mark.parametrize("first, last, marks", [(50, 6500, [2000, 4000, 6000]), (1, 100, [20, 40, 60, 80, 100]),
