@@ -1,6 +1,7 @@
 """Optim: what trains, how fast, and the running average that is kept.
 
-    AdamW with betas (0.9, 0.98), or Muon (muon.py); a linear warm-up, then linear decay to almost nothing, or a constant rate
+    AdamW with betas (0.9, 0.98), or Muon (muon.py)
+    a linear warm-up, then linear decay to almost nothing, or a constant rate
     EMA   average <- d average + (1 - d) weights, after every step n = 0, 1, …;   d = min(decay, (1 + n) / (10 + n))
 """
 import functools
