@@ -162,7 +162,7 @@ def test_without_a_terminal_each_line_of_the_log_is_printed(place, capsys):
 def test_ticks_are_round_numbers_between_the_ends():
     assert validation._ticks(0.09, 6) == [0.1, 0.2, 0.5, 1, 2, 5]
     assert validation._ticks(0.21, 0.26) == [0.21, 0.22, 0.23, 0.24, 0.25, 0.26]
-    assert validation._ticks(0.085, 0.112) == [0.09, 0.1, 0.11]          # equal steps also across a power of ten
+    assert validation._ticks(0.085, 0.112) == [0.085, 0.09, 0.095, 0.1, 0.105, 0.11]         # equal steps
 
 
 @pytest.mark.parametrize("first, last, marks", [(50, 6500, [2000, 4000, 6000]), (1, 100, [20, 40, 60, 80, 100]),
