@@ -62,12 +62,12 @@ def forward(q_ptr, k_ptr, v_ptr,                                         # (B, L
         keys = start + tl.arange(0, BLOCK_M)
         k = load(k_ptr, keys * k_row, keys < M, EVEN_M, K, MAIN, TAIL)
         v = load(v_ptr, keys * v_row, keys < M, EVEN_M, K, MAIN, TAIL)
-        x = inner(q, k) * scale
+        x = inner(q, k)
         if not EVEN_M:
             x = tl.where((keys < M)[None, :], x, float("-inf"))
-        m_new = tl.maximum(m, tl.max(x, 1))
+        m_new = tl.maximum(m, tl.max(x, 1) * scale)
         alpha = tl.exp2(m - m_new)
-        p = tl.exp2(x - m_new[:, None])
+        p = tl.exp2(x * scale - m_new[:, None])                          # one instruction: exponentials are the limit
         l = l * alpha + tl.sum(p, 1)
         acc = add(scaled(acc, alpha), p, v)
         m = m_new

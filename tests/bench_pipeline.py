@@ -141,6 +141,7 @@ def write_weights(folder: Path, dtype_name: str, tiny: bool) -> None:
             parameter.normal_(std=parameter[0].numel() ** -0.5) if parameter.ndim > 1 else parameter.add_(
                 0.05 * torch.randn_like(parameter))
     model = model.to(getattr(torch, DTYPES[dtype_name]))
+    folder.mkdir(parents=True, exist_ok=True)
     weights.write_folder(folder / "ours", model.state_dict(), config)
     official = weights.to_official(model.state_dict())
     json_of_unet = sizes.to_config_json(config)["unet"]

@@ -134,9 +134,13 @@ def main(arguments: list[str] | None = None) -> None:
     top.add_argument("--size", type=int, nargs="+", default=[256], help="pixels (default 256)")
     top.add_argument("--skip", nargs="*", default=[], metavar="PROGRAM",
                      choices=[*OURS, *THEIRS, *SLOW_TO_START, "training"])
+    top.add_argument("--folder", metavar="DIR", type=Path, help="the random weights stay there, and are taken from there")
+    top.add_argument("--only-write", action="store_true", help="write the weights to --folder and end")
     top.add_argument("--json", metavar="FILE", help="write the numbers there")
     given = top.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if given.only_write and not given.folder:
+        top.error("--only-write needs --folder")
     rounds, batch = (2, 2) if given.tiny else (ROUNDS, BATCH)
     from bench_kernels import machine_and_versions
     from bench_pipeline import write_weights
@@ -150,8 +154,13 @@ def main(arguments: list[str] | None = None) -> None:
             Path(given.json).write_text(json.dumps(result, indent=1))
 
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_weights(folder, "bf16", given.tiny)
+        folder = given.folder or Path(name)
+        if not (folder / "written").exists():
+            write_weights(folder, "bf16", given.tiny)
+            (folder / "written").touch()
+        if given.only_write:
+            return
+
         def steps(size: int, programs: dict) -> None:
             for frames in given.frames:
                 print(f"\n{size} x {size}, {frames} frame(s), bf16, guidance 2\n{'':24} {'ms/step':>9} {'frames/s':>9} "

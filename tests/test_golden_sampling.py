@@ -1,4 +1,5 @@
 """Sampling against the official program: whole runs to the picture, and each sampler by itself."""
+import copy
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -7,6 +8,7 @@ import pytest
 import torch
 from formula import RUN, assert_all_close, assert_close, given, golden, model
 
+from kernels import backend
 from nanodisco import diffusion
 from nanodisco.config import DiffusionConfig
 from nanodisco.guidance import Guided
@@ -20,6 +22,7 @@ SAMPLERS = golden("samplers/samplers.safetensors")
 SAMPLER_RUNS = [name for name in SAMPLERS if name.startswith(("ddim", "ddpm", "pndm"))]
 TIMESTEPS = golden("samplers/samplers.json")["timesteps"]
 EXACT = 1e-5                           # samplers are a few multiplications a step
+ON_GPU = {torch.float32: RUN, torch.bfloat16: 5e-2}
 
 
 # ---- Whole runs ---------------------------------------------------------------------------------------
@@ -58,19 +61,24 @@ TEMPORAL_RUNS = {
 
 @cache
 @torch.no_grad()
-def walk(run: Run, caching: bool = True):
-    """-> its steps, and the picture (B*F, 3, H, W) before clamping and after"""
+def walk(run: Run, caching: bool = True, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    """-> its steps, and the picture (B*F, 3, H, W) before clamping and after. The networks compute in `dtype`."""
+    def shown(name: str, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return given(name).to(device, dtype)
+
     net = model(run.variant, uncond=run.uncond, tokens=run.tokens)
+    if (device, dtype) != ("cpu", torch.float32):
+        net = copy.deepcopy(net).to(device, dtype, memory_format=torch.channels_last)
     video = "t_" if run.variant == "temporal" else ""
-    conditions = net.conditions(given("clip_image"), given("background"),
-                                None if run.variant == "stage1" else given(f"{video}pose"),
-                                given("posterior_noise_background") if run.posterior else None)
+    conditions = net.conditions(shown("clip_image"), shown("background"),
+                                None if run.variant == "stage1" else shown(f"{video}pose"),
+                                shown("posterior_noise_background") if run.posterior else None)
     uncond = net.unconditional_tokens(conditions.tokens)
     guided = Guided(net, conditions.tokens, conditions.background, uncond, run.guidance, *run.scales, cache=caching)
     predict = guided(conditions.pose)
-    steps = list(sample(predict, given(f"{video}init_latents"), net.alpha_bars(), run.scheduler, run.steps,
-                        noise=lambda i: given("ddpm_noise")[i]))
-    z, _ = fold(steps[-1].z)
+    steps = list(sample(predict, shown(f"{video}init_latents", torch.float32), net.alpha_bars(), run.scheduler,
+                        run.steps, noise=lambda i: shown("ddpm_noise", torch.float32)[i]))
+    z = fold(steps[-1].z)[0].to(dtype)
     return steps, net.vae.decode(z / net.vae.scaling), net.vae.to_picture(z)
 
 
@@ -106,6 +114,18 @@ def test_temporal_run_takes_the_official_path_to_the_official_clip(name, caching
     assert_all_close({f"{name}.trajectory": torch.stack([step.z for step in steps]),
                       f"{name}.decoded_unclamped_batch0": decoded[:1],
                       f"{name}.clip_batch1_stride4": clip[1:, :, :, ::4, ::4]}, TEMPORAL, RUN)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", ON_GPU, ids=str)
+@pytest.mark.parametrize("name", IMAGE_RUNS | TEMPORAL_RUNS)
+def test_a_run_on_a_gpu_takes_the_official_path_too(monkeypatch, name, dtype):
+    """On our kernels, each step a CUDA graph."""
+    monkeypatch.setattr(backend, "MODE", "triton")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    run, wanted = (IMAGE_RUNS | TEMPORAL_RUNS)[name], RUNS if name in IMAGE_RUNS else TEMPORAL
+    steps, _, _ = walk(run, True, "cuda", dtype)
+    assert_close(torch.stack([step.z for step in steps]).float().cpu(), wanted[f"{name}.trajectory"], ON_GPU[dtype])
 
 
 # ---- Samplers alone, with a network that is a formula -----------------------------------------------------
