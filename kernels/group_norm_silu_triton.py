@@ -364,7 +364,7 @@ def launch_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, stats: 
     slots, grid = statistics_for(x, 2 + shifted, N, K, C), (triton.cdiv(C, BC), K, N)
     _sums[grid](x, dy, weight, bias, stats, slots, P, C, SHIFT=shifted, **tiles)
     sums = slots.sum(2)
-    dx, folded, dshift = torch.empty_like(x), torch.empty_like(stats), statistics_for(x, N * shifted, C)
+    dx, folded, dshift = torch.empty_like(x), torch.empty_like(stats), statistics_for(x, N if shifted else 0, C)
     _fold_sums[groups, N // frames](sums, weight, stats, folded, dshift, N, frames, P, C, CG=C // groups,
                                     LANES=LANES, ROWS=ROWS, SHIFT=shifted, **FOUR_WARPS)
     _gradient_of_x[grid](x, dy, dx, weight, bias, stats, folded, P, C, **tiles)
@@ -412,7 +412,7 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, stats: Tensor,
 @backward.register_fake
 def _(dy, x, weight, bias, stats, groups, frames, silu, shifted):
     N, C = x.shape[:2]
-    return torch.empty_like(dense(x)), statistics_for(x, 2 + shifted, N, C), statistics_for(x, N * shifted, C)
+    return torch.empty_like(dense(x)), statistics_for(x, 2 + shifted, N, C), statistics_for(x, N if shifted else 0, C)
 
 
 def keep(ctx, inputs, output) -> None:
