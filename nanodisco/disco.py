@@ -9,6 +9,7 @@ Three conditions, each with its own door, so each can be swapped alone. Attribut
 `Net` in `net.py`, `TemConvNet` for video.
 """
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from nanodisco import diffusion
 from nanodisco.clip import ImageEncoder
 from nanodisco.config import ModelConfig
 from nanodisco.controlnet import ControlNet
+from nanodisco.graph import together
 from nanodisco.memo import Memo
 from nanodisco.temporal import fold, unfold
 from nanodisco.transformer import Context
@@ -129,15 +131,17 @@ class DisCo(nn.Module):
         z, frames = fold(zt.to(self.dtype))
         tokens, pose, background = (x.to(self.dtype) if isinstance(x, Tensor) else x
                                     for x in (conditions.tokens, conditions.pose, conditions.background))
-        residuals = None
+        networks = [partial(self.unet.encoder, z, t, tokens, frames)]
         if self.pose is not None:
             assert pose is not None, "this model has a pose net; it needs a pose"
-            residuals = self.pose(z, t, tokens, pose if isinstance(pose, Memo) else fold(pose)[0], frames, pose_scale)
+            hint = pose if isinstance(pose, Memo) else fold(pose)[0]
+            networks.append(partial(self.pose, z, t, tokens, hint, frames, pose_scale))
         if self.background is not None:
             assert background is not None, "this model has a background net; it needs a background"
-            more = self.background(z, t, tokens, background, frames, background_scale)
-            residuals = more if residuals is None else [a + b for a, b in zip(residuals, more)]
-        out = self.unet(z, t, tokens, residuals, frames).to(zt.dtype)
+            networks.append(partial(self.background, z, t, tokens, background, frames, background_scale))
+        encoded, *found = together(*networks)
+        residuals = [sum(more, first) for first, *more in zip(*found)] if found else None
+        out = self.unet(z, t, tokens, residuals, frames, encoded).to(zt.dtype)
         return unfold(out, frames) if zt.ndim == 5 else out
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator, drop_reference: float = 0.0,

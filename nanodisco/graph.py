@@ -68,6 +68,23 @@ class Captured:
             self.graphs[shape] = buffers, replay, out
 
 
+def together(*functions: Callable) -> list:
+    """What each of them returns. Captured in a graph they are branches of it, which may run at the same time: at one
+    frame a kernel leaves most of a GPU idle. They must not need each other.
+    """
+    if torch.compiler.is_compiling() or not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+        return [function() for function in functions]
+    main, results = torch.cuda.current_stream(), []
+    sides = [torch.cuda.Stream() for _ in functions]
+    for side, function in zip(sides, functions):
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            results.append(function())
+    for side in sides:
+        main.wait_stream(side)
+    return results
+
+
 def record_cuda(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """-> what makes all of it happen again, and the tensor that the answer then lies in"""
     beside = torch.cuda.Stream()

@@ -77,6 +77,16 @@ class ResBlock(nn.Module):
             h = h + self.temporal(h, frames)
         return self.skip(x) + h
 
+    @torch.no_grad()
+    def fold_biases(self) -> None:
+        """Move biases of the convolutions into others that are added anyway. For inference: not to be saved."""
+        if self.time is not None:                                        # both are added to what norm2 sees
+            self.time.bias += self.conv1.bias
+            self.conv1.bias = None
+        if isinstance(self.skip, nn.Conv2d) and self.temporal is None:
+            self.skip.bias += self.conv2.bias
+            self.conv2.bias = None
+
 
 class Down(nn.Module):
     """Half the size by a convolution of stride 2.   (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2))

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kernels import cpu
+from kernels import cpu, gpu
 from nanodisco import sizes, weights
 from nanodisco.config import ModelConfig, from_dict, load as load_config, override, read_yaml, to_dict
 from nanodisco.disco import DisCo
 from nanodisco.errors import InputError
+from nanodisco.layers import ResBlock
 from nanodisco.names import official
 from nanodisco.weights import Tensors, Weights
 
@@ -168,9 +169,13 @@ def _initialise(model: nn.Module, seed: int) -> None:
 
 
 def for_inference(model: DisCo, device: str = "cpu", say: Callable[[str], None] = print) -> DisCo:
-    """On its device in the fastest layout there, in place. On a CPU it cannot be trained or saved afterwards."""
+    """On its device in the fastest form there, in place. It cannot be trained or saved afterwards."""
     model.requires_grad_(False)
     if device != "cpu":
+        for module in model.modules():
+            if isinstance(module, ResBlock):
+                module.fold_biases()
+        gpu.prepare(model)
         return model.to(device, memory_format=torch.channels_last)
     if why := cpu.unavailable(model.dtype):
         say(f"without prepacked weights, so slower: {why}")

@@ -118,14 +118,14 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.channels, 3, padding=1)
 
     def forward(self, z: Tensor, t: Tensor | Memo, tokens: Tensor | Context, residuals: list[Tensor] | None = None,
-                frames: int = 1) -> Tensor:
+                frames: int = 1, encoded: tuple[list[Tensor], Tensor, Memo] | None = None) -> Tensor:
         """z (B*F, C, h, w), t (B,) or (1,), tokens (B, M, context) -> (B*F, C, h, w)
 
         `residuals` of ControlNets, one for each skip and one for the middle, are added after the way
-        down has run: the encoder itself never sees them.
+        down has run: the encoder itself never sees them. `encoded`: what it made of these, if it has run.
         """
         tokens = Context.of(tokens)
-        skips, h, emb = self.encoder(z, t, tokens, frames)
+        skips, h, emb = encoded or self.encoder(z, t, tokens, frames)
         if residuals is not None:
             *to_skips, to_middle = residuals
             assert len(to_skips) == len(skips), f"{len(to_skips)} residuals for {len(skips)} skips"

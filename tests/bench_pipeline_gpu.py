@@ -60,11 +60,14 @@ def our_step(folder: Path, device: str, frames: int, side: int, graph: bool | No
 
     from kernels import backend
     from nanodisco.guidance import Guided
-    from nanodisco.loading import load
+    from nanodisco.loading import for_inference, load
     backend.MODE = kernels
-    model = load(folder / "ours", dtype=torch.bfloat16, say=lambda text: None).requires_grad_(False)
+    model = load(folder / "ours", dtype=torch.bfloat16, say=lambda text: None)
     model.vae = model.clip = None
-    model = model.to(device, memory_format=torch.contiguous_format if nchw else torch.channels_last)
+    if nchw or device == "cpu":
+        model = model.requires_grad_(False).to(device)
+    else:
+        model = for_inference(model, device)
     given = inputs(model.config, torch.bfloat16, frames, side, device)
     guided = Guided(model, given["tokens"], given["background"], torch.zeros_like(given["tokens"]), guidance=2.0,
                     cache=cache, graph=graph if device == "cuda" else False)

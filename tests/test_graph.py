@@ -5,7 +5,7 @@ from formula import build, given, model
 from test_guidance import answers
 
 from nanodisco import graph
-from nanodisco.graph import KEPT, Captured
+from nanodisco.graph import KEPT, Captured, together
 from nanodisco.guidance import Guided
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -52,6 +52,10 @@ def test_out_of_memory_is_not_taken_for_a_step_without_a_graph():
         raise torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(torch.OutOfMemoryError):
         Captured(lambda x: x * 2, record)(torch.ones(1))
+
+
+def test_what_runs_together_answers_in_order():
+    assert together(lambda: 1, lambda: [2], lambda: "3") == [1, [2], "3"]
 
 
 @pytest.mark.parametrize("variant", ["image", "temporal"])
