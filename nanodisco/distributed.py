@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
+import torch.distributed.nn            # noqa: F401  before there is a group, or its functions' defaults would hold that
 from torch import Tensor, distributed
 
 from nanodisco.errors import InputError
@@ -70,6 +71,10 @@ class World:
             distributed.barrier()
 
     def leave(self) -> None:
+        """Its threads end with the group, if nothing else holds that.
+
+        One that outlived it might still have to let go of a tensor, which aborts the process while Python ends.
+        """
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
