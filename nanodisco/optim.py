@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanodisco.errors import InputError
 from nanodisco.layers import ResBlock
-from nanodisco.muon import Muon, alone, matrices
+from nanodisco.muon import Each, Muon, matrices
 from nanodisco.names import official
 from nanodisco.transformer import SpatialTransformer
 
@@ -74,7 +74,7 @@ def select(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def optimizer(model: nn.Module, kind: str, each=alone, **options) -> torch.optim.AdamW:
+def optimizer(model: nn.Module, kind: str, each: Each, **options) -> torch.optim.AdamW:
     """For all that trains.   kind: adamw | muon; each: see Muon; options: AdamW's"""
     trains = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if kind == "muon":

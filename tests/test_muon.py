@@ -10,10 +10,11 @@ from formula import model
 from torch import nn
 
 from nanodisco import muon
+from nanodisco.distributed import World
 from nanodisco.muon import Muon
 
 OPTIONS = {"lr": 0.1, "betas": (0.9, 0.98), "weight_decay": 0.5}
-
+EACH = World(0, 1, "cpu").each
 
 SHARED = """
 import sys
@@ -71,7 +72,7 @@ def test_a_matrix_moves_by_the_orthogonal_part_of_its_momentum(monkeypatch):
     monkeypatch.setattr(muon, "orthogonal", polar)
     weight = nn.Parameter(torch.randn(16, 4, 3, 3, dtype=torch.float64))
     wanted, momentum = weight.detach().clone(), torch.zeros(16, 36, dtype=torch.float64)
-    optimizer = Muon([weight], [weight], **OPTIONS)
+    optimizer = Muon([weight], [weight], EACH, **OPTIONS)
     for _ in range(3):
         gradient = torch.randn(16, 4, 3, 3, dtype=torch.float64)
         weight.grad = gradient.clone()
@@ -85,7 +86,7 @@ def test_a_matrix_moves_by_the_orthogonal_part_of_its_momentum(monkeypatch):
 def test_everything_else_moves_as_adamw_would_move_it():
     ours, theirs = (nn.Parameter(torch.ones(5)) for _ in range(2))
     matrix = nn.Parameter(torch.ones(16, 16))
-    optimizers = Muon([matrix, ours], [matrix], **OPTIONS), torch.optim.AdamW([theirs], **OPTIONS)
+    optimizers = Muon([matrix, ours], [matrix], EACH, **OPTIONS), torch.optim.AdamW([theirs], **OPTIONS)
     for i in range(3):
         ours.grad, theirs.grad, matrix.grad = torch.full((5,), i + 1.0), torch.full((5,), i + 1.0), torch.ones(16, 16)
         for optimizer in optimizers:
@@ -95,7 +96,7 @@ def test_everything_else_moves_as_adamw_would_move_it():
 
 def test_a_matrix_without_a_gradient_stays():
     matrix = nn.Parameter(torch.ones(16, 16))
-    Muon([matrix], [matrix], **OPTIONS).step()
+    Muon([matrix], [matrix], EACH, **OPTIONS).step()
     assert (matrix == 1).all()
 
 
