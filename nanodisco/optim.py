@@ -82,6 +82,14 @@ def optimizer(model: nn.Module, kind: str, each: Each, **options) -> torch.optim
     return torch.optim.AdamW([p for _, p in trains], fused=True, **options)
 
 
+def remembered(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, Tensor]:
+    """Room for what it keeps of p from step to step, by name; with any values."""
+    if isinstance(optimizer, Muon) and id(p) in optimizer.matrices:
+        return {"momentum": torch.empty_like(p)}
+    return {"step": p.new_empty((), dtype=torch.float32), "exp_avg": torch.empty_like(p),
+            "exp_avg_sq": torch.empty_like(p)}
+
+
 def learning_rate(step: int, steps: int, base: float, warmup: float = 0.1, constant: bool = False) -> float:
     """Of step 0, 1, …: up over the first `warmup` share of the steps, then down to FLOOR, or staying as it is."""
     rising = int(steps * warmup)
