@@ -205,6 +205,14 @@ def test_two_processes_are_as_one(place, more):
     assert difference(place / "one", place / "two") < 1e-5
 
 
+def test_two_processes_with_muon_are_nearly_as_one(place):
+    """It makes whole directions, in bfloat16, of what differs in the last bits."""
+    trained(place, "one", "--train.optimizer=muon")
+    subprocess.run(command(place, "two", "--train.optimizer=muon", ranks=2), env=environment(), check=True,
+                   capture_output=True)
+    assert difference(place / "one", place / "two") < 1e-3
+
+
 def test_two_agents_are_as_one(place):
     """As on two machines: each starts a process, and they find each other at an address."""
     trained(place, "one")
