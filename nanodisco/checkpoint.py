@@ -29,7 +29,7 @@ from nanodisco import lora, weights
 from nanodisco.config import ModelConfig
 from nanodisco.errors import InputError
 from nanodisco.files import appearing
-from nanodisco.optim import Average
+from nanodisco.optim import Average, remembered
 
 CHECKED = ("model.safetensors", "config.yaml", "training.safetensors")
 CHUNK = 1 << 24
@@ -147,11 +147,9 @@ def restore(place: Path, about: dict, state: State) -> None:
     for name, parameter in state.named().items():
         kept = {key.partition(".")[0]: value for key, value in training.items()
                 if key.partition(".")[2] == name and not key.startswith(("weight.", "average."))}
-        matrix = id(parameter) in getattr(state.optimizer, "matrices", ())
-        if kept.keys() == ({"momentum"} if matrix else {"step", "exp_avg", "exp_avg_sq"}):   # else another optimizer's
-            state.optimizer.state[parameter] = {
-                key: torch.empty_like(value if key == "step" else parameter, device=parameter.device).copy_(value)
-                for key, value in kept.items()}
+        room = remembered(state.optimizer, parameter)
+        if kept.keys() == room.keys():                                   # else another optimizer's
+            state.optimizer.state[parameter] = {key: tensor.copy_(kept[key]) for key, tensor in room.items()}
     if state.scaler and about["scaler"]:
         state.scaler.load_state_dict(about["scaler"])
     state.step = about["step"]

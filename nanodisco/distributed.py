@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
+import torch.distributed.nn            # noqa: F401  before there is a group, or its functions' defaults would hold that
 from torch import Tensor, distributed
 
 from nanodisco.errors import InputError
@@ -59,10 +60,13 @@ class World:
         """
         if self.size == 1 or not parameters:
             return [make(p) for p in parameters]
-        own = [make(p).bfloat16() if i % self.size == self.rank else torch.zeros_like(p, dtype=torch.bfloat16)
-               for i, p in enumerate(parameters)]
-        whole = self.sum(torch.cat([x.flatten() for x in own]))          # of zeros and one other: exact
-        return [part.view_as(p) for part, p in zip(whole.split([p.numel() for p in parameters]), parameters)]
+        sizes = [p.numel() for p in parameters]
+        whole = torch.zeros(sum(sizes), dtype=torch.bfloat16, device=self.device)
+        views = [part.view_as(p) for part, p in zip(whole.split(sizes), parameters)]
+        for i in range(self.rank, len(views), self.size):
+            views[i].copy_(make(parameters[i]))
+        self.sum(whole)                                                  # of zeros and one other: exact
+        return views
 
     def wait(self) -> None:
         """Until all have come here."""
@@ -70,6 +74,10 @@ class World:
             distributed.barrier()
 
     def leave(self) -> None:
+        """Its threads end with the group, if nothing else holds that.
+
+        One that outlived it might still have to let go of a tensor, which aborts the process while Python ends.
+        """
         if distributed.is_initialized():
             distributed.destroy_process_group()
 

@@ -28,11 +28,7 @@ def matrices(named: Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
 
 
 Make = Callable[[nn.Parameter], Tensor]
-
-
-def alone(parameters: list[nn.Parameter], make: Make) -> list[Tensor]:
-    """One process makes all."""
-    return [make(p) for p in parameters]
+Each = Callable[[list[nn.Parameter], Make], list[Tensor]]
 
 
 class Muon(torch.optim.AdamW):
@@ -41,8 +37,7 @@ class Muon(torch.optim.AdamW):
     each: make(p) for each p of a list; World.each shares the work out among processes.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], matrices: list[nn.Parameter],
-                 each: Callable[[list[nn.Parameter], Make], list[Tensor]] = alone, **options):
+    def __init__(self, parameters: list[nn.Parameter], matrices: list[nn.Parameter], each: Each, **options):
         theirs = {id(p) for p in matrices}
         groups = [{"params": [p for p in parameters if id(p) not in theirs]},
                   {"params": sorted(matrices, key=Tensor.numel)}]        # dealt out in turn, they are equal shares

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanodisco.errors import InputError
 from nanodisco.layers import ResBlock
-from nanodisco.muon import Muon, alone, matrices
+from nanodisco.muon import Each, Muon, matrices
 from nanodisco.names import official
 from nanodisco.transformer import SpatialTransformer
 
@@ -74,12 +74,20 @@ def select(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def optimizer(model: nn.Module, kind: str, each=alone, **options) -> torch.optim.AdamW:
+def optimizer(model: nn.Module, kind: str, each: Each, **options) -> torch.optim.AdamW:
     """For all that trains.   kind: adamw | muon; each: see Muon; options: AdamW's"""
     trains = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if kind == "muon":
         return Muon([p for _, p in trains], matrices(trains), each, fused=True, **options)
     return torch.optim.AdamW([p for _, p in trains], fused=True, **options)
+
+
+def remembered(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, Tensor]:
+    """Room for what it keeps of p from step to step, by name; with any values."""
+    if isinstance(optimizer, Muon) and id(p) in optimizer.matrices:
+        return {"momentum": torch.empty_like(p)}
+    return {"step": p.new_empty((), dtype=torch.float32), "exp_avg": torch.empty_like(p),
+            "exp_avg_sq": torch.empty_like(p)}
 
 
 def learning_rate(step: int, steps: int, base: float, warmup: float = 0.1, constant: bool = False) -> float:

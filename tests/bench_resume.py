@@ -2,7 +2,7 @@
 
     python tests/bench_resume.py --kills 50            # some minutes; half of them with two processes
 
-Each kill is a SIGKILL at a random moment, see test_train.py; the runs are of a tiny model.
+Each kill is a SIGKILL at a random moment, see test_resume.py; the runs are of a tiny model.
 """
 import argparse
 import sys
@@ -16,7 +16,8 @@ EACH = 5                               # kills of one run
 
 def main() -> None:
     import yaml
-    from test_train import RECIPE, killed_and_resumed
+    from test_resume import killed_and_resumed
+    from test_train import RECIPE
 
     top = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     top.add_argument("--kills", type=int, default=50)

@@ -4,6 +4,7 @@ import secrets
 
 import pytest
 import torch
+import yaml
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")                       # kernels run on a CPU; before Triton comes
@@ -17,3 +18,11 @@ def fresh():
     seed = int(os.environ.get("NANODISCO_SEED", secrets.randbelow(2 ** 31)))
     print(f"NANODISCO_SEED={seed}")
     torch.manual_seed(seed)
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with the recipe of a tiny run, tiny.yaml."""
+    from test_train import RECIPE                                        # slow, and not all tests need it
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(RECIPE))
+    return tmp_path

@@ -16,6 +16,7 @@ from kernels import group_norm_silu_triton as kernels, tiles_triton  # noqa: E40
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}    # relative L2
+FEW_SUMS = 4                           # so few, gradients of so few channels, can all come out small
 LAYOUTS = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}
 
 pytestmark = [pytest.mark.usefixtures("fresh"),
@@ -75,8 +76,9 @@ def with_gradients(function, x, weight, bias, shift, dy, shape, silu=True):
 
 
 def error(got, wanted):
-    """Relative L2; relative to 1 where a sum of such terms has come out smaller, by chance."""
-    return ((got.double() - wanted).norm() / wanted.norm().clamp(min=1)).item()
+    """Relative L2; of a few sums that have come out small, by chance, relative to 1."""
+    size = wanted.norm().clamp(min=1 if wanted.numel() <= FEW_SUMS else 0)
+    return ((got.double() - wanted).norm() / size).item()
 
 
 def check(shape, dtype=torch.float32, layout="NHWC", limit=None, silu=True, **values):

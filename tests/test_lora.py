@@ -2,7 +2,7 @@
 import pytest
 import torch
 from formula import build, training_data
-from test_train import place, same, tensors, trained  # noqa: F401  place is a fixture
+from test_train import same, tensors, trained
 
 from nanodisco import checkpoint, lora, muon, optim
 from nanodisco.errors import InputError
@@ -68,7 +68,7 @@ def test_nothing_linear_to_lower_is_refused():
         lowered(unet="unet.conv_out.*")
 
 
-def test_a_run_with_lora_resumes_exactly_and_its_weights_are_those_of_a_plain_model(place):  # noqa: F811
+def test_a_run_with_lora_resumes_exactly_and_its_weights_are_those_of_a_plain_model(place):
     more = "--train.lora_rank=2", "--train.unet=crossattn"
     whole = trained(place, "whole", *more)
     trained(place, "broken", *more)

@@ -10,13 +10,15 @@ from formula import model
 from torch import nn
 
 from nanodisco import muon
+from nanodisco.distributed import World
 from nanodisco.muon import Muon
 
 OPTIONS = {"lr": 0.1, "betas": (0.9, 0.98), "weight_decay": 0.5}
-
+EACH = World(0, 1, "cpu").each
 
 SHARED = """
 import sys
+from pathlib import Path
 import torch
 from nanodisco.distributed import World
 from nanodisco.muon import Muon
@@ -30,9 +32,25 @@ for _ in range(3):
     for p in weights[:-1]:
         p.grad = torch.randn_like(p)
     optimizer.step()
-torch.save([p.detach() for p in weights], f"{sys.argv[1]}/{world.size}-{world.rank}.pt")
 world.leave()
+threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+made = {"weights": [p.detach() for p in weights], "threads": [name for name in threads if "gloo" in name]}
+torch.save(made, f"{sys.argv[1]}/{world.size}-{world.rank}.pt")
 """
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """What one process makes, and each of two."""
+    place = tmp_path_factory.mktemp("shared")
+    (place / "shared.py").write_text(SHARED)
+    for processes in (1, 2):
+        ran = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                              f"--nproc-per-node={processes}", str(place / "shared.py"), str(place)],
+                             cwd=Path(__file__).parent.parent, capture_output=True, text=True,
+                             env=os.environ | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"})
+        assert ran.returncode == 0, ran.stderr
+    return [torch.load(place / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1")]
 
 
 def polar(x):
@@ -54,7 +72,7 @@ def test_a_matrix_moves_by_the_orthogonal_part_of_its_momentum(monkeypatch):
     monkeypatch.setattr(muon, "orthogonal", polar)
     weight = nn.Parameter(torch.randn(16, 4, 3, 3, dtype=torch.float64))
     wanted, momentum = weight.detach().clone(), torch.zeros(16, 36, dtype=torch.float64)
-    optimizer = Muon([weight], [weight], **OPTIONS)
+    optimizer = Muon([weight], [weight], EACH, **OPTIONS)
     for _ in range(3):
         gradient = torch.randn(16, 4, 3, 3, dtype=torch.float64)
         weight.grad = gradient.clone()
@@ -68,7 +86,7 @@ def test_a_matrix_moves_by_the_orthogonal_part_of_its_momentum(monkeypatch):
 def test_everything_else_moves_as_adamw_would_move_it():
     ours, theirs = (nn.Parameter(torch.ones(5)) for _ in range(2))
     matrix = nn.Parameter(torch.ones(16, 16))
-    optimizers = Muon([matrix, ours], [matrix], **OPTIONS), torch.optim.AdamW([theirs], **OPTIONS)
+    optimizers = Muon([matrix, ours], [matrix], EACH, **OPTIONS), torch.optim.AdamW([theirs], **OPTIONS)
     for i in range(3):
         ours.grad, theirs.grad, matrix.grad = torch.full((5,), i + 1.0), torch.full((5,), i + 1.0), torch.ones(16, 16)
         for optimizer in optimizers:
@@ -78,7 +96,7 @@ def test_everything_else_moves_as_adamw_would_move_it():
 
 def test_a_matrix_without_a_gradient_stays():
     matrix = nn.Parameter(torch.ones(16, 16))
-    Muon([matrix], [matrix], **OPTIONS).step()
+    Muon([matrix], [matrix], EACH, **OPTIONS).step()
     assert (matrix == 1).all()
 
 
@@ -94,12 +112,12 @@ def test_hidden_layers_are_matrices_and_the_first_the_last_and_the_zeros_are_not
         assert name in names.values() and name not in chosen
 
 
-def test_processes_that_share_the_work_have_the_bits_of_one_that_does_it_all(tmp_path):
-    (tmp_path / "shared.py").write_text(SHARED)
-    for processes in (1, 2):
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-                        str(tmp_path / "shared.py"), str(tmp_path)], check=True, capture_output=True,
-                       cwd=Path(__file__).parent.parent, env=os.environ | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"})
-    one, *two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
+def test_processes_that_share_the_work_have_the_bits_of_one_that_does_it_all(shared):
+    one, *two = (made["weights"] for made in shared)
     for weights in two:
         assert all(torch.equal(a, b) for a, b in zip(one, weights, strict=True))
+
+
+def test_no_thread_outlives_the_group_that_it_worked_for(shared):
+    """It would abort its process, now and then, at the very end."""
+    assert [made["threads"] for made in shared] == [[], [], []]

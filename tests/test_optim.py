@@ -10,6 +10,7 @@ from test_walkthrough import full_size
 
 from nanodisco import optim
 from nanodisco.disco import DisCo
+from nanodisco.distributed import World
 from nanodisco.errors import InputError
 from nanodisco.names import official
 
@@ -104,6 +105,19 @@ def test_an_unused_norm_is_named_but_does_not_train():
     optim.select(net, names)
     assert {name for name, p in net.named_parameters() if p.requires_grad} == {
         name for name in names if ".unused_norm." not in name}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_what_is_said_to_be_remembered_is_what_a_step_leaves_behind(kind):
+    net = torch.nn.Sequential(torch.nn.Conv2d(16, 16, 3), torch.nn.Flatten(), torch.nn.Linear(16, 4))
+    optimizer = optim.optimizer(net, kind, World(0, 1, "cpu").each, lr=0.1)
+    net(torch.randn(2, 16, 3, 3)).sum().backward()
+    optimizer.step()
+    assert len(optimizer.state) == 4
+    for p, kept in optimizer.state.items():
+        said = optim.remembered(optimizer, p)
+        assert said.keys() == kept.keys()
+        assert all((said[key].shape, said[key].dtype) == (kept[key].shape, kept[key].dtype) for key in kept)
 
 
 @pytest.mark.parametrize("kind", ["linear", "constant"])

@@ -19,12 +19,6 @@ from nanodisco.errors import InputError
 LOOK = ("--train.validate_every=3", "--train.validate_count=2")
 
 
-@pytest.fixture
-def place(tmp_path):
-    (tmp_path / "tiny.yaml").write_text(json.dumps(RECIPE))
-    return tmp_path
-
-
 def log(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
