@@ -53,18 +53,19 @@ class World:
             distributed.all_reduce(x)
         return x
 
-    def each(self, parameters: list[Tensor], make: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """make(parameter) of all, on all processes, although each makes every `size`-th only.
+    def each(self, parameters: list[Tensor], make: Callable[[list[Tensor]], list[Tensor]]) -> list[Tensor]:
+        """make(parameters), on all processes, although each makes what is of every `size`-th only.
 
-        What is made has the parameter's shape and bfloat16's values, or is rounded to them.
+        What is made of one has its shape and bfloat16's values, or is rounded to them.
         """
         if self.size == 1 or not parameters:
-            return [make(p) for p in parameters]
+            return make(parameters)
         sizes = [p.numel() for p in parameters]
         whole = torch.zeros(sum(sizes), dtype=torch.bfloat16, device=self.device)
         views = [part.view_as(p) for part, p in zip(whole.split(sizes), parameters)]
-        for i in range(self.rank, len(views), self.size):
-            views[i].copy_(make(parameters[i]))
+        own = slice(self.rank, None, self.size)
+        for view, made in zip(views[own], make(parameters[own])):
+            view.copy_(made)
         self.sum(whole)                                                  # of zeros and one other: exact
         return views
 

@@ -27,14 +27,14 @@ def matrices(named: Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
             and not any(part in name for part in NOT_HIDDEN)]
 
 
-Make = Callable[[nn.Parameter], Tensor]
+Make = Callable[[list[nn.Parameter]], list[Tensor]]
 Each = Callable[[list[nn.Parameter], Make], list[Tensor]]
 
 
 class Muon(torch.optim.AdamW):
     """AdamW of which `matrices` are exempt. State of a matrix: its momentum.
 
-    each: make(p) for each p of a list; World.each shares the work out among processes.
+    each: make(list), which makes something of each; World.each shares the work out among processes.
     """
 
     def __init__(self, parameters: list[nn.Parameter], matrices: list[nn.Parameter], each: Each, **options):
@@ -49,30 +49,41 @@ class Muon(torch.optim.AdamW):
     def step(self, closure=None):
         for group in self.param_groups:
             moved = [p for p in group["params"] if id(p) in self.matrices and p.grad is not None]
+            if not moved:
+                continue
             for p in moved:
                 if "momentum" not in self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-                self.state[p]["momentum"].lerp_(p.grad, 1 - MOMENTUM)
-            for p, direction in zip(moved, self.each(moved, self._direction)):
-                size = group["lr"] * LIKE_ADAM * max(p.shape[0], p[0].numel()) ** 0.5
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-size)
+            torch._foreach_lerp_([self.state[p]["momentum"] for p in moved], [p.grad for p in moved], 1 - MOMENTUM)
+            directions = self.each(moved, self._directions)
+            torch._foreach_mul_(moved, 1 - group["lr"] * group["weight_decay"])
+            for p, direction in zip(moved, directions):
+                p.add_(direction, alpha=-group["lr"] * LIKE_ADAM * max(p.shape[0], p[0].numel()) ** 0.5)
                 p.grad = None                                            # AdamW leaves it alone then
         return super().step(closure)
 
-    def _direction(self, p: nn.Parameter) -> Tensor:
-        return orthogonal(p.grad.lerp(self.state[p]["momentum"], MOMENTUM).flatten(1)).view_as(p)
+    def _directions(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        """Those of one shape at once on a GPU, where launches take the time; one by one on a CPU."""
+        alike: dict[object, list[nn.Parameter]] = {}
+        for i, p in enumerate(parameters):
+            alike.setdefault((p.shape[0], p[0].numel()) if p.is_cuda else i, []).append(p)
+        made = {}
+        for some in alike.values():
+            ahead = [p.grad.lerp(self.state[p]["momentum"], MOMENTUM).flatten(1) for p in some]
+            made |= zip(some, orthogonal(torch.stack(ahead)) if len(some) > 1 else [orthogonal(ahead[0])])
+        return [made[p].view_as(p) for p in parameters]
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """(x x^T)^(-1/2) x, roughly: singular values become 0.7 to 1.2.   (R, C) -> the same, in bfloat16's values
+    """(x x^T)^(-1/2) x, roughly: singular values become 0.7 to 1.2.   ([N,] R, C) -> the same, in bfloat16's values
 
     Five Newton-Schulz steps of a quintic whose slope at zero is steep, which is worth more than accuracy here.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    tall = len(x) > x[0].numel()
-    y = x.T.bfloat16().contiguous() if tall else x.bfloat16()
-    y = y / (y.norm() + 1e-7)
+    tall, add_product = x.shape[-2] > x.shape[-1], torch.addmm if x.ndim == 2 else torch.baddbmm
+    y = x.mT.bfloat16().contiguous() if tall else x.bfloat16()
+    y = y / (torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
-        s = y @ y.T
-        y = torch.addmm(y, torch.addmm(s, s, s, beta=b, alpha=c), y, beta=a)       # a y + (b s + c s s) y
-    return (y.T if tall else y).to(x.dtype)
+        s = y @ y.mT
+        y = add_product(y, add_product(s, s, s, beta=b, alpha=c), y, beta=a)       # a y + (b s + c s s) y
+    return (y.mT if tall else y).to(x.dtype)

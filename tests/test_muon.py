@@ -68,6 +68,28 @@ def test_singular_values_become_about_one_and_directions_stay(shape):
     assert nn.functional.cosine_similarity(y.flatten(), polar(x).flatten(), dim=0) > 0.97
 
 
+@pytest.mark.parametrize("shape", [(3, 20, 64), (2, 64, 20)])
+def test_several_at_once_are_made_as_each_by_itself(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(muon.orthogonal(x), torch.stack([muon.orthogonal(each) for each in x]), atol=0.01, rtol=0)
+
+
+def test_those_of_one_shape_are_made_at_once_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(nn.Parameter, "is_cuda", True)
+    weights = [nn.Parameter(torch.randn(shape)) for shape in ((16, 40), (40, 16), (16, 40), (16, 10, 2, 2))]
+    moved, seen, real = [], [], muon.orthogonal
+    for alone in (False, True):
+        monkeypatch.setattr(muon, "orthogonal", (lambda x: torch.stack([real(each) for each in x]) if x.ndim > 2 else
+                                                 real(x)) if alone else lambda x: seen.append(x.shape) or real(x))
+        copies = [nn.Parameter(p.detach().clone()) for p in weights]
+        for p, of in zip(copies, weights):
+            p.grad = of.detach().sin()
+        Muon(copies, copies, EACH, lr=0.1).step()
+        moved.append(copies)
+    assert sorted(seen) == [(3, 16, 40), (40, 16)]
+    torch.testing.assert_close(*moved, atol=0.01, rtol=0)
+
+
 def test_a_matrix_moves_by_the_orthogonal_part_of_its_momentum(monkeypatch):
     monkeypatch.setattr(muon, "orthogonal", polar)
     weight = nn.Parameter(torch.randn(16, 4, 3, 3, dtype=torch.float64))
