@@ -86,13 +86,17 @@ def their_step(folder: Path, device: str, frames: int, side: int, channels_last:
     return lambda: step(t)
 
 
-def training_step(folder: Path, device: str, side: int, batch: int, kernels: str):
-    """Forward and backward of UNet and ControlNets; no optimizer, no encoders: they are the same in both."""
+def training_step(folder: Path, device: str, side: int, batch: int, kernels: str, graph: bool):
+    """Forward and backward of UNet and ControlNets; no optimizer, no encoders: they are the same in both.
+
+    graph: both as one CUDA graph, so that it is the GPU that is measured and not the host.
+    """
     import torch
     from bench_pipeline import inputs
 
     from kernels import backend
     from nanodisco.disco import Conditions
+    from nanodisco.graph import record_cuda
     from nanodisco.loading import load
     backend.MODE = kernels
     model = load(folder / "ours", say=lambda text: None)
@@ -107,7 +111,7 @@ def training_step(folder: Path, device: str, side: int, batch: int, kernels: str
         model.zero_grad(set_to_none=True)
         with torch.enable_grad(), torch.autocast(device, torch.bfloat16):
             model(given["z"], t, shown).float().square().mean().backward()
-    return step
+    return record_cuda(step)[0] if graph else step
 
 
 def row(name: str, make, device: str, frames: int, rounds: int = ROUNDS) -> dict | None:
@@ -176,10 +180,11 @@ def main(arguments: list[str] | None = None) -> None:
 
         def training(size: int) -> None:
             print(f"\ntraining, {size} x {size}, batch {batch}, bf16 autocast, forward and backward")
-            for kernels in ("auto", "torch"):
-                found = row(f"kernels {kernels}", lambda: training_step(folder, device, size // 8, batch, kernels),
-                            device, batch, max(rounds // 4, 2))
-                keep(f"{size} training {kernels}", found)
+            for kernels, graph in (("auto", True), ("torch", True), ("auto", False), ("torch", False)):
+                program = f"kernels {kernels}" + ", no graph" * (not graph)
+                make = partial(training_step, folder, device, size // 8, batch, kernels, graph and device == "cuda")
+                found = row(program, make, device, batch, max(rounds // 4, 2))
+                keep(f"{size} training {program}", found)
                 if found:
                     print(f"  {'':22} {1000 * batch / found['ms']:9.1f} pictures a second")
 
