@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -261,6 +261,13 @@ def _latents(path: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in tensors.items()}
 
 
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:                                         # run from its folder, without pip
+        return "not installed"
+
+
 # ---- Writing it -----------------------------------------------------------------------------------------------
 
 class Results:
@@ -271,7 +278,7 @@ class Results:
         self.official, self.temporal = given.layout == "disco", model.config.unet.temporal
         self.writers, self.count = {}, 0
         self.settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(given).items()}
-        self.settings |= {"versions": {name: version(name) for name in ("torch", "nanodisco")},
+        self.settings |= {"versions": {name: _version(name) for name in ("torch", "nanodisco")},
                           "model": to_dict(model.config)}
 
     def __enter__(self) -> "Results":
