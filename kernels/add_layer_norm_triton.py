@@ -86,6 +86,10 @@ def _gradient_of_sum(sums, dsums, dnormed,         # (R, D), rows stride, stride
     dweight, dbias = tl.zeros([ROWS, BD], TYPE), tl.zeros([ROWS, BD], TYPE)
     for row in range(tl.program_id(0) * ROWS, R, tl.num_programs(0) * ROWS):
         inside = (row + down < R) & (columns < D)
+        if DSUMS:                                                        # early: sums over a row wait for its loads
+            before = _load(dsums, row, stride_dsums, down, columns, inside, TYPE)
+        else:
+            before = tl.zeros([ROWS, BD], TYPE)
         mean = tl.load(stats + row + down, mask=row + down < R, other=0.0)
         rstd = tl.load(stats + R + row + down, mask=row + down < R, other=0.0)
         xhat = (_load(sums, row, stride, down, columns, inside, TYPE) - mean) * rstd
@@ -94,10 +98,8 @@ def _gradient_of_sum(sums, dsums, dnormed,         # (R, D), rows stride, stride
         dweight += g * xhat
         dbias += g
         g *= w
-        result = rstd * (g - tl.sum(g, 1)[:, None] / D - xhat * (tl.sum(g * xhat, 1)[:, None] / D))
-        if DSUMS:
-            result += _load(dsums, row, stride_dsums, down, columns, inside, TYPE)
-        _store(dx, row, D, down, columns, inside, result)
+        result = g - tl.sum(g, 1)[:, None] / D - xhat * (tl.sum(g * xhat, 1)[:, None] / D)
+        _store(dx, row, D, down, columns, inside, before + rstd * result)
     slot, lanes = slots + tl.program_id(0) * 2 * D, tl.arange(0, BD)
     tl.store(slot + lanes, tl.sum(dweight, 0), mask=lanes < D)
     tl.store(slot + D + lanes, tl.sum(dbias, 0), mask=lanes < D)
