@@ -3,8 +3,9 @@
 A model imports an operation from here and never asks what hardware it is on. Shapes and layouts
 are final: the Triton versions take the same arguments.
 """
+from kernels.add_layer_norm import add_layer_norm
 from kernels.attention import attention, temporal_attention
 from kernels.geglu import geglu
 from kernels.group_norm_silu import group_norm_silu
 
-__all__ = ["attention", "temporal_attention", "geglu", "group_norm_silu"]
+__all__ = ["add_layer_norm", "attention", "temporal_attention", "geglu", "group_norm_silu"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kernels import attention, geglu, group_norm_silu
+from kernels import add_layer_norm, attention, geglu, group_norm_silu
 from nanodisco.memo import Memo
 from nanodisco.temporal import TemporalAttention
 
@@ -47,6 +47,13 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu=False)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Of h and what is added to it: the sum, which goes on, and the same normed.   2 x (B, L, D) -> 2 x (B, L, D)"""
+
+    def forward(self, h: Tensor, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return add_layer_norm(h, more, self.weight, self.bias, self.eps)
 
 
 class SelfAttention(nn.Module):
@@ -99,11 +106,11 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, context: int, temporal: bool):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = LayerNorm(width)
         self.self_attn = SelfAttention(width, heads)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = LayerNorm(width)
         self.cross_attn = CrossAttention(width, heads, context)
-        self.norm3 = nn.LayerNorm(width)
+        self.norm3 = LayerNorm(width)
         self.ff = FeedForward(width)
         self.temporal = TemporalAttention(width, heads) if temporal else None
         # official: has a norm for the temporal attention and never uses it (norm2 serves twice). It
@@ -112,18 +119,23 @@ class TransformerBlock(nn.Module):
 
     def forward(self, h: Tensor, context: Context, frames: int) -> Tensor:
         # (B*F, L, D) -> (B*F or context.rows, L, D)
-        h = h + self.self_attn(self.norm1(h))
+        h, x = self.norm1(h)                                             # each adds what came before it, and norms
+        h, x = self.norm2(h, self.self_attn(x))
         if self.temporal is not None:
-            h = h + self.temporal(self.norm2(h), frames)
-        h = self._look_at_tokens(h, context)
-        return h + self.ff(self.norm3(h))
+            h, x = self.norm2(h, self.temporal(x, frames))
+        more = self._look_at_tokens(x, context)
+        h, x = self.norm3(rows_like(h, more), more)
+        return h + self.ff(x)
 
-    def _look_at_tokens(self, h: Tensor, context: Context) -> Tensor:
-        if 0 < len(h) < context.rows:
-            h = h.repeat(context.rows // len(h), 1, 1)
-        blind, seeing = h[:context.blind], h[context.blind:]
-        seeing = seeing + self.cross_attn(self.norm2(seeing), context.tokens)
-        return torch.cat([blind + self.cross_attn.out.bias, seeing]) if context.blind else seeing
+    def _look_at_tokens(self, x: Tensor, context: Context) -> Tensor:
+        # (B*F, L, D) -> (B*F or context.rows, L, D)
+        if 0 < len(x) < context.rows - context.blind:
+            x = x.repeat(context.rows // len(x), 1, 1)
+        seen = self.cross_attn(x[context.blind - context.rows:], context.tokens)    # the last rows; all are there or
+        if not context.blind:                                                       # only these: the halves are alike
+            return seen
+        unseen = self.cross_attn.out.bias.to(seen.dtype).expand(context.blind, *seen.shape[1:])
+        return torch.cat([unseen, seen])
 
 
 class SpatialTransformer(nn.Module):

@@ -30,10 +30,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import group_norm, layer_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import group_norm, scaled_dot_product_attention, silu
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from kernels import attention, backend, geglu, group_norm_silu, temporal_attention  # noqa: E402
+from kernels import add_layer_norm, attention, backend, geglu, group_norm_silu, temporal_attention  # noqa: E402
+from kernels.add_layer_norm import add_layer_norm_reference  # noqa: E402
+from kernels.geglu import geglu_reference  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
@@ -67,9 +69,16 @@ class Case:
             return lambda: function(*inputs)
         leaves = [x.detach().requires_grad_() for x in inputs]
         out = function(*leaves)
-        dy = torch.randn(self.inputs[0].shape, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
-        dy = dy[:len(out)].to(out).contiguous(memory_format=layout_of(out))
-        return lambda: torch.autograd.grad(out, leaves, dy, retain_graph=True)[0]
+        out = out if isinstance(out, tuple) else (out,)
+        dy = torch.randn(len(self.inputs[0]), *out[0].shape[1:], generator=torch.Generator(DEVICE).manual_seed(0),
+                         device=DEVICE)
+        dys = [dy[:len(o)].to(o).contiguous(memory_format=layout_of(o)) for o in out]
+        return lambda: torch.autograd.grad(out, leaves, dys, retain_graph=True)[0]
+
+    def error(self, ours: Tensor | tuple, wanted: Tensor | tuple) -> float:
+        """Relative L2 of the last result, in the part that `wanted` has."""
+        ours, wanted = (found[-1] if isinstance(found, tuple) else found for found in (ours, wanted))
+        return ((ours[:len(wanted)].double() - wanted).norm() / wanted.norm()).item()
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
@@ -160,21 +169,21 @@ def norm_cases(backward: bool = False) -> Iterator[Case]:
                    aim=3.0)
 
 
-# ---- What has no kernel of ours yet --------------------------------------------------------------------------
+# ---- Pointwise --------------------------------------------------------------------------------------------
 
-def pointwise_cases(B: int = 32) -> Iterator[Case]:
-    """Plain operations of the transformers: where `compiled` is much faster, a kernel would be worth writing."""
-    for C, L in [(320, 1024), (640, 256), (1280, 64)] if GPU else [(32, 16)]:
+def pointwise_cases(B: int = 32, backward: bool = False) -> Iterator[Case]:
+    """GEGLU, and a residual with the LayerNorm behind it, which is timed with both of its results."""
+    sizes = [(320, 1024), (640, 256), (1280, 64)] if GPU else [(32, 16)]
+    others = dict(backward=backward, compiled=not backward, aim=2.0)
+    for C, L in sizes:
         x = torch.randn(B, L, 8 * C, device=DEVICE, dtype=DTYPE)
-        yield Case(f"GEGLU {L}x{8 * C}", [x], geglu, geglu, 0, 0, x.nbytes * 3 // 2, aim=0.0)
+        yield Case(f"GEGLU {L}x{8 * C}", [x], geglu, geglu_reference, 0, 0, x.nbytes * (5 if backward else 3) // 2,
+                   **others)
+    for C, L in sizes:
         x, more = torch.randn(2, B, L, C, device=DEVICE, dtype=DTYPE)
         weight, bias = 1 + 0.1 * torch.randn(C, device=DEVICE, dtype=DTYPE), 0.1 * torch.ones_like(x[0, 0])
-        yield Case(f"add + LayerNorm {L}x{C}", [x, more, weight, bias], add_layer_norm, add_layer_norm, 0, 0,
-                   3 * x.nbytes, aim=0.0)
-
-
-def add_layer_norm(x: Tensor, more: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return layer_norm(x + more, weight.shape, weight, bias)
+        yield Case(f"add + LayerNorm {L}x{C}", [x, more, weight, bias], add_layer_norm, add_layer_norm_reference,
+                   0, 0, 4 * x.nbytes, **others)
 
 
 TABLES = {"attention, B = 32": lambda: attention_cases(32 if GPU else 2),
@@ -183,6 +192,7 @@ TABLES = {"attention, B = 32": lambda: attention_cases(32 if GPU else 2),
           "attention backward": lambda: attention_cases(32 if GPU else 2, backward=True),
           "norm backward": lambda: norm_cases(backward=True),
           "pointwise": lambda: pointwise_cases(32 if GPU else 2),
+          "pointwise backward": lambda: pointwise_cases(32 if GPU else 2, backward=True),
           "attention, B = 2": lambda: attention_cases(2) if GPU else []}
 
 
@@ -258,9 +268,7 @@ def measured(case: Case, machine: dict, compile_too: bool) -> dict:
     row["recorded"] = 20 if row["limit"] < 0.01 else 1
     twice = [milliseconds(case, case.ours, row["recorded"]) for _ in range(2)]
     row |= {"ours": statistics.mean(twice), "spread": abs(twice[0] - twice[1]) / min(twice)}
-    wanted = case.ready(case.plain, exact=True)()
-    row["error"] = ((case.ready(case.ours)()[:len(wanted)].double() - wanted).norm() / wanted.norm()).item()
-    del wanted
+    row["error"] = case.error(case.ready(case.ours)(), case.ready(case.plain, exact=True)())
     others = dict(case.fused) | ({"plain": case.plain} if case.exps < LARGE else {})
     if compile_too and case.compiled and case.exps < LARGE:
         torch._dynamo.reset()
@@ -328,7 +336,7 @@ def without_gpu(tables: dict) -> dict:
         for case in cases():
             ours, wanted = case.ready(case.ours), case.ready(case.plain, exact=True)()
             mine, plain = on_cpu([ours, case.ready(case.plain)])
-            error = ((ours()[:len(wanted)].double() - wanted).norm() / wanted.norm()).item()
+            error = case.error(ours(), wanted)
             result.setdefault(title, []).append({"name": case.name, "ratio": mine / plain, "error": error})
             print(f"{case.name:22} {'backward' if case.backward else '':10} {mine / plain:12.2f} {error:7.0e}",
                   flush=True)

@@ -22,6 +22,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from kernels import attention_triton
+from kernels.add_layer_norm_triton import add_layer_norm_triton
+from kernels.geglu_triton import geglu_triton
 from kernels.group_norm_silu_triton import group_norm_silu_triton
 
 GOLDEN = Path(__file__).parent / "golden" / "kernels" / "sm90.json"
@@ -56,10 +58,20 @@ def norm(N: int, C: int, height: int, frames: int = 1, shifts: int = 1, last: bo
         x, weight, bias, 32, 1e-5, frames, True, shift), x, *vectors)
 
 
+def geglu(*shape: int, dtype=BF16):
+    differentiated(geglu_triton, torch.empty(shape, dtype=dtype))
+
+
+def residual(*shape: int, dtype=BF16):
+    differentiated(add_layer_norm_triton, *torch.empty(2, *shape, dtype=dtype),
+                   *torch.empty(2, shape[-1], dtype=dtype))
+
+
 def differentiated(function, *inputs):
     inputs = [x.detach().requires_grad_() for x in inputs]
-    o = function(*inputs)
-    torch.autograd.grad(o, inputs, torch.empty_like(o))
+    found = function(*inputs)
+    found = found if isinstance(found, tuple) else (found,)
+    torch.autograd.grad(found, inputs, [torch.empty_like(o) for o in found])
 
 
 ROWS = [
@@ -81,6 +93,12 @@ ROWS = [
     ("norm 960@32 frames 16", lambda: norm(32, 960, 32, frames=16)),
     ("norm 640@16", lambda: norm(32, 640, 16)),
     ("norm 1280@8", lambda: norm(2, 1280, 8)),
+    ("geglu 1024x2560", lambda: geglu(32, 1024, 2560)),
+    ("geglu 1024x2560 float32", lambda: geglu(32, 1024, 2560, dtype=FP32)),
+    ("add_layer_norm 320", lambda: residual(32, 1024, 320)),
+    ("add_layer_norm 640", lambda: residual(32, 256, 640)),
+    ("add_layer_norm 1280", lambda: residual(32, 64, 1280)),
+    ("add_layer_norm 320 float32", lambda: residual(32, 1024, 320, dtype=FP32)),
 ]
 
 

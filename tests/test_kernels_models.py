@@ -5,7 +5,7 @@ import test_golden_temporal as temporal
 import torch
 from formula import MODULE, assert_all_close
 
-from kernels import attention_triton, backend, group_norm_silu_triton
+from kernels import add_layer_norm_triton, attention_triton, backend, geglu_triton, group_norm_silu_triton
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="these networks are on the CPU, for Triton's interpreter")
@@ -14,9 +14,11 @@ def test_a_unet_of_kernels_gives_the_official_numbers(monkeypatch, of, wanted):
     ran = set()
     monkeypatch.setattr(backend, "MODE", "triton")
     for module, name in ((attention_triton, "attention"), (attention_triton, "temporal_attention"),
-                         (group_norm_silu_triton, "group_norm_silu_triton")):
+                         (group_norm_silu_triton, "group_norm_silu_triton"), (geglu_triton, "geglu_triton"),
+                         (add_layer_norm_triton, "add_layer_norm_triton")):
         kernel = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *xs, kernel=kernel, name=name: ran.add(name) or kernel(*xs))
     with torch.no_grad():
         assert_all_close(of.unet(), wanted, MODULE)
-    assert ran == {"attention", "group_norm_silu_triton"} | ({"temporal_attention"} if of is temporal else set())
+    always = {"attention", "group_norm_silu_triton", "geglu_triton", "add_layer_norm_triton"}
+    assert ran == always | ({"temporal_attention"} if of is temporal else set())

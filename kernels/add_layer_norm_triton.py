@@ -1,0 +1,205 @@
+"""A residual and the LayerNorm behind it in Triton; formulas and names are those of add_layer_norm.py.
+
+A matrix of R rows and D columns. A program holds ROWS whole rows in registers, each padded to BD, a power of two,
+so it reads them once and takes the variance around the mean that it has already found. A row is the work of one
+warp up to a width of 1024, so its sums need no other warp.
+
+Backward, a program goes over every so many rows and adds up its part of dweight and dbias in a slot of its own; what
+the slots hold PyTorch adds up. No atomics: results repeat bit for bit.
+
+Arithmetic is in the type of the statistics: float32, or float64 where x is float64 (which only tests are).
+"""
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.geglu_triton import as_rows
+from kernels.group_norm_silu_triton import statistics_for
+
+WARPS = 16 * 132                       # keep an H200 busy: sixteen for each multiprocessor
+LEAST = 8                              # rows of a program that has slots to write
+
+
+# ---- Tiles ------------------------------------------------------------------------------------------------
+
+def tile_of(D: int, each: int) -> tuple[int, int, int]:
+    """Rows and columns of a tile, and warps: one, with up to `each` numbers to a thread, or more for a wide row."""
+    columns = max(8, triton.next_power_of_2(D))
+    return max(1, 32 * each // columns), columns, min(8, max(1, columns // (32 * each)))
+
+
+def options(warps: int) -> dict:
+    return {"num_warps": warps, "enable_fp_fusion": True}                # a x + b in one: the default is changing
+
+
+@triton.jit
+def _load(x, row, stride, down, columns, inside, TYPE: tl.constexpr):
+    """Some rows from `row` on."""
+    place = x + tl.cast(row, tl.int64) * stride + down * stride + columns
+    return tl.load(place, mask=inside, other=0.0).to(TYPE)
+
+
+@triton.jit
+def _store(x, row, D, down, columns, inside, values):
+    tl.store(x + tl.cast(row, tl.int64) * D + down * D + columns, values.to(x.dtype.element_ty), mask=inside)
+
+
+# ---- Kernels ----------------------------------------------------------------------------------------------
+
+@triton.jit
+def _add_normalise(x, more,            # (R, D), rows stride and stride_more apart
+                   weight, bias,       # (D,)
+                   sums, normed,       # (R, D)
+                   stats,              # (2, R): mean, rstd
+                   R, D, stride, stride_more, eps,
+                   MORE: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr):
+    TYPE: tl.constexpr = stats.dtype.element_ty
+    row, down, columns = tl.program_id(0) * ROWS, tl.arange(0, ROWS)[:, None], tl.arange(0, BD)[None, :]
+    inside = (row + down < R) & (columns < D)
+    h = _load(x, row, stride, down, columns, inside, TYPE)
+    if MORE:
+        h = (h + _load(more, row, stride_more, down, columns, inside, TYPE)).to(sums.dtype.element_ty)
+        _store(sums, row, D, down, columns, inside, h)
+        h = h.to(TYPE)                                                   # rounded, as the next residual sees it
+    mean = tl.sum(h, 1)[:, None] / D
+    centred = tl.where(inside, h - mean, 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1)[:, None] / D + eps)
+    w = tl.load(weight + columns, mask=columns < D, other=0.0).to(TYPE)
+    b = tl.load(bias + columns, mask=columns < D, other=0.0).to(TYPE)
+    _store(normed, row, D, down, columns, inside, centred * rstd * w + b)
+    tl.store(stats + row + down, mean, mask=row + down < R)
+    tl.store(stats + R + row + down, rstd, mask=row + down < R)
+
+
+@triton.jit
+def _gradient_of_sum(sums, dsums, dnormed,         # (R, D), rows stride, stride_dsums and stride_dnormed apart
+                     weight,                       # (D,)
+                     stats,                        # (2, R)
+                     dx,                           # (R, D)
+                     slots,                        # (programs, 2, D): of dweight, of dbias
+                     R, D, stride, stride_dsums, stride_dnormed,
+                     DSUMS: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr):
+    TYPE: tl.constexpr = stats.dtype.element_ty
+    down, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, BD)[None, :]
+    w = tl.load(weight + columns, mask=columns < D, other=0.0).to(TYPE)
+    dweight, dbias = tl.zeros([ROWS, BD], TYPE), tl.zeros([ROWS, BD], TYPE)
+    for row in range(tl.program_id(0) * ROWS, R, tl.num_programs(0) * ROWS):
+        inside = (row + down < R) & (columns < D)
+        if DSUMS:                                                        # early: sums over a row wait for its loads
+            before = _load(dsums, row, stride_dsums, down, columns, inside, TYPE)
+        else:
+            before = tl.zeros([ROWS, BD], TYPE)
+        mean = tl.load(stats + row + down, mask=row + down < R, other=0.0)
+        rstd = tl.load(stats + R + row + down, mask=row + down < R, other=0.0)
+        xhat = (_load(sums, row, stride, down, columns, inside, TYPE) - mean) * rstd
+        xhat = tl.where(inside, xhat, 0.0)
+        g = _load(dnormed, row, stride_dnormed, down, columns, inside, TYPE)
+        dweight += g * xhat
+        dbias += g
+        g *= w
+        result = g - tl.sum(g, 1)[:, None] / D - xhat * (tl.sum(g * xhat, 1)[:, None] / D)
+        _store(dx, row, D, down, columns, inside, before + rstd * result)
+    slot, lanes = slots + tl.program_id(0) * 2 * D, tl.arange(0, BD)
+    tl.store(slot + lanes, tl.sum(dweight, 0), mask=lanes < D)
+    tl.store(slot + D + lanes, tl.sum(dbias, 0), mask=lanes < D)
+
+
+# ---- Launches ---------------------------------------------------------------------------------------------
+
+def empty_sum(x: Tensor, more: Tensor | None) -> Tensor:
+    """Room for x + more, in the type that PyTorch would give it; for nothing where nothing is added."""
+    return x.new_empty(0) if more is None else x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, more.dtype))
+
+
+def launch_forward(x: Tensor, more: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
+                   dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum; normed in `dtype`; mean and rstd, (2, R)."""
+    sums, normed = empty_sum(x, more), x.new_empty(x.shape, dtype=dtype)
+    x, more = as_rows(x), None if more is None else as_rows(more)
+    (R, D), (ROWS, BD, warps) = x.shape, tile_of(x.shape[1], each=32)
+    stats = statistics_for(sums, 2, R)
+    if R:
+        _add_normalise[(triton.cdiv(R, ROWS),)](
+            x, more, weight, bias, sums, normed, stats, R, D, x.stride(0), 0 if more is None else more.stride(0), eps,
+            MORE=more is not None, ROWS=ROWS, BD=BD, **options(warps))
+    return sums, normed, stats
+
+
+def launch_backward(dsums: Tensor | None, dnormed: Tensor, sums: Tensor, weight: Tensor,
+                    stats: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of the sum; those of weight and bias, (2, D)."""
+    dx = sums.new_empty(sums.shape)
+    sums, dsums, dnormed = as_rows(sums), None if dsums is None else as_rows(dsums), as_rows(dnormed)
+    (R, D), (ROWS, BD, warps) = sums.shape, tile_of(sums.shape[1], each=16)
+    programs = max(1, min(WARPS // warps, triton.cdiv(R, max(ROWS, LEAST))))
+    slots = stats.new_empty(programs, 2, D)
+    _gradient_of_sum[(programs,)](
+        sums, dsums, dnormed, weight, stats, dx, slots, R, D, sums.stride(0),
+        0 if dsums is None else dsums.stride(0), dnormed.stride(0), DSUMS=dsums is not None, ROWS=ROWS, BD=BD,
+        **options(warps))
+    return dx, slots.sum(0)
+
+
+# ---- Operations of PyTorch --------------------------------------------------------------------------------
+
+def add_layer_norm_triton(x: Tensor, more: Tensor | None, weight: Tensor, bias: Tensor,
+                          eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """add_layer_norm of add_layer_norm.py.
+
+    Under autocast `normed` is float32, as PyTorch's layer_norm has it there on a GPU; x and more are read as they are.
+    """
+    assert more is None or more.shape == x.shape, f"x is {tuple(x.shape)}, what is added {tuple(more.shape)}"
+    assert weight.shape == bias.shape == x.shape[-1:], f"rows of {x.shape[-1]}, a weight {tuple(weight.shape)}"
+    dtype = x.dtype if more is None else torch.promote_types(x.dtype, more.dtype)
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.float32
+    sums, normed, _ = forward(x, more, weight.contiguous(), bias.contiguous(), eps, dtype)
+    return x if more is None else sums, normed
+
+
+@torch.library.custom_op("nanodisco::add_layer_norm", mutates_args=())
+def forward(x: Tensor, more: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
+            dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.cuda.device_of(x):
+        return launch_forward(x, more, weight, bias, eps, dtype)
+
+
+@forward.register_fake
+def _(x, more, weight, bias, eps, dtype):
+    sums, R = empty_sum(x, more), x.numel() // x.shape[-1]
+    return sums, x.new_empty(x.shape, dtype=dtype), statistics_for(sums, 2, R)
+
+
+@torch.library.custom_op("nanodisco::add_layer_norm_backward", mutates_args=())
+def backward(dsums: Tensor | None, dnormed: Tensor, sums: Tensor, weight: Tensor,
+             stats: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.cuda.device_of(sums):
+        return launch_backward(dsums, dnormed, sums, weight, stats)
+
+
+@backward.register_fake
+def _(dsums, dnormed, sums, weight, stats):
+    return sums.new_empty(sums.shape), stats.new_empty(2, sums.shape[-1])
+
+
+def keep(ctx, inputs, output) -> None:
+    x, more, weight, bias, _, _ = inputs
+    sums, _, stats = output
+    ctx.more, ctx.bias = None if more is None else more.dtype, bias.dtype
+    ctx.save_for_backward(x if more is None else sums, weight, stats)
+    ctx.mark_non_differentiable(*([sums, stats] if more is None else [stats]))
+    ctx.set_materialize_grads(False)                                     # None, not zeros, where a result is not used
+
+
+def gradients(ctx, dsums: Tensor | None, dnormed: Tensor | None, _) -> tuple:
+    sums, weight, stats = ctx.saved_tensors
+    if dnormed is None:
+        dx, vectors = dsums, stats.new_zeros(2, len(weight))
+    else:
+        dx, vectors = backward(dsums, dnormed, sums, weight, stats)
+    dmore = None if ctx.more is None else dx.to(ctx.more)
+    return dx, dmore, vectors[0].to(weight.dtype), vectors[1].to(ctx.bias), None, None
+
+
+forward.register_autograd(gradients, setup_context=keep)
