@@ -69,10 +69,11 @@ class Captured:
 
 
 def together(*functions: Callable) -> list:
-    """What each of them returns. Captured in a graph they are branches of it, which may run at the same time: at one
-    frame a kernel leaves most of a GPU idle. They must not need each other.
+    """What each of them returns. Captured in a graph for inference they are branches of it, which may run at the same
+    time: at one frame a kernel leaves most of a GPU idle. They must not need each other.
     """
-    if torch.compiler.is_compiling() or not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+    alone = torch.compiler.is_compiling() or torch.is_grad_enabled() or not torch.cuda.is_available()
+    if alone or not torch.cuda.is_current_stream_capturing():
         return [function() for function in functions]
     main, results = torch.cuda.current_stream(), []
     sides = [torch.cuda.Stream() for _ in functions]
