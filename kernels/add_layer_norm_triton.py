@@ -93,8 +93,7 @@ def _gradient_of_sum(sums, dsums, dnormed,         # (R, D), rows stride, stride
         mean = tl.load(stats + row + down, mask=row + down < R, other=0.0)
         rstd = tl.load(stats + R + row + down, mask=row + down < R, other=0.0)
         xhat = (_load(sums, row, stride, down, columns, inside, TYPE) - mean) * rstd
-        xhat = tl.where(inside, xhat, 0.0)
-        g = _load(dnormed, row, stride_dnormed, down, columns, inside, TYPE)
+        g = _load(dnormed, row, stride_dnormed, down, columns, inside, TYPE)     # 0 outside, so xhat counts nowhere
         dweight += g * xhat
         dbias += g
         g *= w
