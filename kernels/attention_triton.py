@@ -24,16 +24,20 @@ from kernels.tiles_triton import (add, heads_adjacent, inner, inner_rows, load, 
 
 LOG2_E = math.log2(math.e)
 ENOUGH = 528                           # programs that fill an H100 or H200: four for each of 132 multiprocessors
+FEW = 2 * 132 * 128                    # queries of all heads and pictures up to which larger or more tiles are faster
 WIDTHS = (48, 64, 96, 128, 160, 256)   # heads up to each of these share a size
 SIZES = {                              # BLOCK_L, BLOCK_M, warps, stages; 16 bits wide, float32
     "forward": {
         False: [(128, 32, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 4, 3), (128, 64, 8, 2)],
         True: [(32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)]},
+    "few": {                           # forward, of one picture or two
+        False: [(128, 128, 8, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2)],
+        True: [(32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)]},
     "d_queries": {
         False: [(64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (128, 32, 8, 2)],
         True: [(32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 2)]},
     "d_keys": {
-        False: [(32, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 1), (32, 64, 8, 2)],
+        False: [(32, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2)],
         True: [(32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)]}}
 
 
@@ -177,7 +181,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     q, k, v = (heads_adjacent(x) for x in (q, k, v))
     (B, L, N, K), M = q.shape, k.shape[1]
     o, lse = q.new_empty(B, L, N, K), q.new_empty(B, N, L, dtype=torch.float32)
-    tile, launch = tiles("forward", L, M, K, q.dtype)
+    tile, launch = tiles("few" if B * N * L <= FEW else "forward", L, M, K, q.dtype)
     with torch.cuda.device_of(q):
         forward[(-(-L // tile["BLOCK_L"]) * B * N,)](
             q, k, v, o, lse, *strides(q), *strides(k), *strides(v), L, M, K ** -0.5 * LOG2_E,

@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SMALL = 256                            # pixels of a picture up to which one launch should beat three; not measured yet
+SMALL = 256                            # pixels of a picture up to which one launch beats three, if there are not more
+FEW = 2**20                            # numbers than these in all
 PROGRAMS = 2 * 132                     # keep an H200 busy: two for each multiprocessor
 FOUR_WARPS = {"num_warps": 4, "enable_fp_fusion": True}                  # a x + b in one: the default is changing
 
@@ -322,7 +323,8 @@ def launch_forward(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None
     """y in `dtype`; centre and rstd, (2, N, C)."""
     x = dense(x)
     y, stats = torch.empty_like(x, dtype=dtype), statistics_for(x, 2, *x.shape[:2])
-    small = frames == 1 and x.shape[2] * x.shape[3] <= SMALL and width_of_groups(x.shape[1] // groups) <= 128
+    small = (frames == 1 and x.shape[2] * x.shape[3] <= SMALL and x.numel() <= FEW
+             and width_of_groups(x.shape[1] // groups) <= 128)
     (launch_small if small else launch_tiles)(x, y, weight, bias, shift, stats, groups, eps, frames, silu)
     return y, stats
 

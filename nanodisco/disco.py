@@ -26,6 +26,8 @@ from nanodisco.transformer import Context
 from nanodisco.unet import UNet
 from nanodisco.vae import VAE
 
+FEW = 4                                # pictures for which a network leaves most of a GPU idle
+
 
 @dataclass
 class Conditions:
@@ -139,7 +141,7 @@ class DisCo(nn.Module):
         if self.background is not None:
             assert background is not None, "this model has a background net; it needs a background"
             networks.append(partial(self.background, z, t, tokens, background, frames, background_scale))
-        encoded, *found = together(*networks)
+        encoded, *found = together(*networks, small=len(z) <= FEW)
         residuals = [sum(more, first) for first, *more in zip(*found)] if found else None
         out = self.unet(z, t, tokens, residuals, frames, encoded).to(zt.dtype)
         return unfold(out, frames) if zt.ndim == 5 else out

@@ -68,12 +68,13 @@ class Captured:
             self.graphs[shape] = buffers, replay, out
 
 
-def together(*functions: Callable) -> list:
-    """What each of them returns. Captured in a graph for inference they are branches of it, which may run at the same
-    time: at one frame a kernel leaves most of a GPU idle. They must not need each other.
+def together(*functions: Callable, small: bool = True) -> list:
+    """What each of them returns. If `small` and captured in a graph for inference they are branches of it, which may
+    run at the same time: at one frame a kernel leaves most of a GPU idle. They must not need each other. Each needs
+    memory of its own then.
     """
-    alone = torch.compiler.is_compiling() or torch.is_grad_enabled() or not torch.cuda.is_available()
-    if alone or not torch.cuda.is_current_stream_capturing():
+    one_by_one = not small or torch.compiler.is_compiling() or torch.is_grad_enabled() or not torch.cuda.is_available()
+    if one_by_one or not torch.cuda.is_current_stream_capturing():
         return [function() for function in functions]
     main, results = torch.cuda.current_stream(), []
     sides = [torch.cuda.Stream() for _ in functions]
