@@ -33,7 +33,9 @@ else
 fi
 
 [ $gpu = yes ] || run compile_kernels $check env -u TRITON_INTERPRET python tests/compile_kernels.py
-run tests $test python -m pytest "${small[@]}" tests/test_kernels_*.py
+# most of their time on a GPU is the compiler's
+python -c 'import xdist' 2>/dev/null && small+=(-n 8)
+run tests $test python -m pytest "${small[@]}" tests/test_kernels_*.py tests/test_gpu.py
 run bench_kernels $kernels python tests/bench_kernels.py "${budget[@]}" --json "$out/bench_kernels.json"
 [ $gpu = no ] || run roofline 20 python tests/roofline.py "$out/bench_kernels.json" "$out/roofline.png"
 run bench_pipeline $pipeline python tests/bench_pipeline.py "${sizes[@]}" --json "$out/bench_pipeline.json"

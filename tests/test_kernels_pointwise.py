@@ -152,7 +152,8 @@ def test_an_odd_number_of_channels_cannot_be_halved():
 @shapes
 @pytest.mark.parametrize("more", [True, False], ids=["sum", "no sum"])
 def test_norm_and_its_gradients_are_those_of_float64(shape, more):
-    check_norm(of_norm(shape, more=more))
+    of_nothing = shape[-1] == 1                                          # no variance: rstd, and rounding, times 316
+    check_norm(of_norm(shape, more=more), limit=1e-4 if of_nothing else None)
 
 
 @few
