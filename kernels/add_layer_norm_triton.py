@@ -2,7 +2,7 @@
 
 A matrix of R rows and D columns. A program holds ROWS whole rows in registers, each padded to BD, a power of two,
 so it reads them once and takes the variance around the mean that it has already found. A row is the work of one
-warp up to a width of 1024, so its sums need no other warp.
+warp up to a width of 1024, backward 512, so its sums need no other warp.
 
 Backward, a program goes over every so many rows and adds up its part of dweight and dbias in a slot of its own; what
 the slots hold PyTorch adds up. No atomics: results repeat bit for bit.

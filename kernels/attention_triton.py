@@ -24,13 +24,13 @@ from kernels.tiles_triton import (add, heads_adjacent, inner, inner_rows, load, 
 
 LOG2_E = math.log2(math.e)
 ENOUGH = 528                           # programs that fill an H100 or H200: four for each of 132 multiprocessors
-FEW = 2 * 132 * 128                    # queries of all heads and pictures up to which larger or more tiles are faster
+FEW = 2 * 132 * 128                    # B N L up to which the GPU is not full; other tiles are faster then
 WIDTHS = (48, 64, 96, 128, 160, 256)   # heads up to each of these share a size
 SIZES = {                              # BLOCK_L, BLOCK_M, warps, stages; 16 bits wide, float32
     "forward": {
         False: [(128, 32, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 4, 3), (128, 64, 8, 2)],
         True: [(32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)]},
-    "few": {                           # forward, of one picture or two
+    "few": {                           # forward
         False: [(128, 128, 8, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2)],
         True: [(32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)]},
     "d_queries": {

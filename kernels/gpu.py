@@ -7,6 +7,8 @@ again. A product of matrices adds it on the way out. `prepare` swaps the layers;
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+GEOMETRY = ((1, 1), (1, 1), (0, 0), 1) # kernel, stride, padding, groups of a convolution of one pixel
+
 
 class Pointwise(nn.Module):
     """nn.Conv2d of one pixel, channels last.   (B, C_in, H, W) -> (B, C_out, H, W)"""
@@ -22,7 +24,7 @@ class Pointwise(nn.Module):
 def prepare(model: nn.Module) -> None:
     """Swap every such Conv2d inside `model` in place."""
     for name, layer in list(model.named_children()):
-        if isinstance(layer, nn.Conv2d) and layer.kernel_size == layer.stride == (1, 1) and layer.groups == 1:
+        if isinstance(layer, nn.Conv2d) and GEOMETRY == (layer.kernel_size, layer.stride, layer.padding, layer.groups):
             setattr(model, name, Pointwise(layer))
         else:
             prepare(layer)

@@ -9,8 +9,8 @@ them folds what they found, channel by channel, into groups.
     apply          y = silu((x - centre) rstd weight + bias)
 
 `centre` is mean_g - shift, so no kernel adds the shift. It and `rstd` are kept for each picture and channel, and
-backward is of the same three: sums of g and g xhat; c1 and c2; dx. A small picture is done by one kernel, a few
-groups to a program, that reads its pixels twice. No atomics: results repeat bit for bit.
+backward is of the same three: sums of g and g xhat; c1 and c2; dx. A few small pictures are done by one kernel, a
+few groups to a program, that reads its pixels twice. No atomics: results repeat bit for bit.
 
 Arithmetic is in the type of the statistics: float32, or float64 where x is float64 (which only tests are).
 N pictures, K chunks of CHUNK pixels, BC channels of a tile, CG of a group. LAST: channels last in memory, else NCHW.
@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SMALL = 256                            # pixels of a picture up to which one launch beats three, if there are not more
-FEW = 2**20                            # numbers than these in all
+SMALL = 256                            # pixels of a picture up to which one launch beats three, if x is small too:
+FEW = 2**20                            # numbers of x up to which it does
 PROGRAMS = 2 * 132                     # keep an H200 busy: two for each multiprocessor
 FOUR_WARPS = {"num_warps": 4, "enable_fp_fusion": True}                  # a x + b in one: the default is changing
 

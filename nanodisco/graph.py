@@ -8,6 +8,7 @@ copied into buffers of its own, the answer is copied out, and inputs of another 
 """
 import sys
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ def together(*functions: Callable, small: bool = True) -> list:
     if one_by_one or not torch.cuda.is_current_stream_capturing():
         return [function() for function in functions]
     main, results = torch.cuda.current_stream(), []
-    sides = [torch.cuda.Stream() for _ in functions]
+    sides = _sides(main.device, len(functions))
     for side, function in zip(sides, functions):
         side.wait_stream(main)
         with torch.cuda.stream(side):
@@ -85,6 +86,12 @@ def together(*functions: Callable, small: bool = True) -> list:
     for side in sides:
         main.wait_stream(side)
     return results
+
+
+@cache
+def _sides(device: torch.device, count: int) -> list:
+    """The same streams each time: a stream that has multiplied matrices once keeps memory for it."""
+    return [torch.cuda.Stream(device) for _ in range(count)]
 
 
 def record_cuda(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:

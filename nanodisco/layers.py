@@ -80,10 +80,10 @@ class ResBlock(nn.Module):
     @torch.no_grad()
     def fold_biases(self) -> None:
         """Move biases of the convolutions into others that are added anyway. For inference: not to be saved."""
-        if self.time is not None:                                        # both are added to what norm2 sees
+        if self.time is not None and self.conv1.bias is not None:        # both are added to what norm2 sees
             self.time.bias += self.conv1.bias
             self.conv1.bias = None
-        if isinstance(self.skip, nn.Conv2d) and self.temporal is None:
+        if isinstance(self.skip, nn.Conv2d) and self.temporal is None and self.conv2.bias is not None:
             self.skip.bias += self.conv2.bias
             self.conv2.bias = None
 

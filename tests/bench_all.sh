@@ -33,8 +33,10 @@ else
 fi
 
 [ $gpu = yes ] || run compile_kernels $check env -u TRITON_INTERPRET python tests/compile_kernels.py
-# most of their time on a GPU is the compiler's
-python -c 'import xdist' 2>/dev/null && small+=(-n 8)
+if [ $gpu = yes ]; then                      # most of the tests' time there is the compiler's
+    python -c 'import xdist' 2>/dev/null && small+=(-n 8)
+    run goldens $test python -m pytest tests/test_golden_sampling.py -k on_a_gpu
+fi
 run tests $test python -m pytest "${small[@]}" tests/test_kernels_*.py tests/test_gpu.py
 run bench_kernels $kernels python tests/bench_kernels.py "${budget[@]}" --json "$out/bench_kernels.json"
 [ $gpu = no ] || run roofline 20 python tests/roofline.py "$out/bench_kernels.json" "$out/roofline.png"

@@ -9,6 +9,7 @@ between synchronisations, after warming up. Training is of batches of 32 without
 """
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -22,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 ROUNDS, WARM_UP, BATCH = 20, 3, 32
 OURS = {"ours": {}, "ours, no graph": {"graph": False}, "ours, no cache": {"cache": False, "graph": False},
-        "ours, NCHW": {"nchw": True}, "ours, plain PyTorch": {"kernels": "torch"}}
+        "ours, NCHW": {"nchw": True}, "ours, no kernels": {"kernels": "torch"}}
 THEIRS = {"diffusers": {}, "diffusers NHWC": {"channels_last": True}}
 SLOW_TO_START = {"diffusers compiled": {"channels_last": True, "compiled": True}}
 
@@ -64,10 +65,10 @@ def our_step(folder: Path, device: str, frames: int, side: int, graph: bool | No
     backend.MODE = kernels
     model = load(folder / "ours", dtype=torch.bfloat16, say=lambda text: None)
     model.vae = model.clip = None
-    if nchw or device == "cpu":
-        model = model.requires_grad_(False).to(device)
-    else:
+    if device != "cpu":
         model = for_inference(model, device)
+    if nchw:
+        model = model.to(memory_format=torch.contiguous_format)
     given = inputs(model.config, torch.bfloat16, frames, side, device)
     guided = Guided(model, given["tokens"], given["background"], torch.zeros_like(given["tokens"]), guidance=2.0,
                     cache=cache, graph=graph if device == "cuda" else False)
@@ -141,7 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
     top.add_argument("--size", type=int, nargs="+", default=[256], help="pixels (default 256)")
     top.add_argument("--skip", nargs="*", default=[], metavar="PROGRAM",
                      choices=[*OURS, *THEIRS, *SLOW_TO_START, "training"])
-    top.add_argument("--folder", metavar="DIR", type=Path, help="the random weights stay there, and are taken from there")
+    top.add_argument("--folder", metavar="DIR", type=Path, help="the random weights stay there, or are there already")
     top.add_argument("--only-write", action="store_true", help="write the weights to --folder and end")
     top.add_argument("--json", metavar="FILE", help="write the numbers there")
     given = top.parse_args(arguments)
@@ -180,9 +181,9 @@ def main(arguments: list[str] | None = None) -> None:
 
         def training(size: int) -> None:
             print(f"\ntraining, {size} x {size}, batch {batch}, bf16 autocast, forward and backward")
-            for kernels, graph in (("auto", True), ("torch", True), ("auto", False), ("torch", False)):
+            for kernels, graph in itertools.product(("auto", "torch"), (True, False) if device == "cuda" else (False,)):
                 program = f"kernels {kernels}" + ", no graph" * (not graph)
-                make = partial(training_step, folder, device, size // 8, batch, kernels, graph and device == "cuda")
+                make = partial(training_step, folder, device, size // 8, batch, kernels, graph)
                 found = row(program, make, device, batch, max(rounds // 4, 2))
                 keep(f"{size} training {program}", found)
                 if found:

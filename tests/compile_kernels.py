@@ -95,6 +95,7 @@ ROWS = [
     ("norm 320@32 NCHW", lambda: norm(2, 320, 32, last=False)),
     ("norm 960@32 frames 16", lambda: norm(32, 960, 32, frames=16)),
     ("norm 640@16", lambda: norm(32, 640, 16)),
+    ("norm 640@16 few", lambda: norm(2, 640, 16)),
     ("norm 1280@8", lambda: norm(2, 1280, 8)),
     ("geglu 1024x2560", lambda: geglu(32, 1024, 2560)),
     ("geglu 1024x2560 float32", lambda: geglu(32, 1024, 2560, dtype=FP32)),

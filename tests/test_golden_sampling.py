@@ -12,6 +12,7 @@ from kernels import backend
 from nanodisco import diffusion
 from nanodisco.config import DiffusionConfig
 from nanodisco.guidance import Guided
+from nanodisco.loading import for_inference
 from nanodisco.sampling import sample, timesteps
 from nanodisco.temporal import fold, unfold
 
@@ -68,7 +69,7 @@ def walk(run: Run, caching: bool = True, device: str = "cpu", dtype: torch.dtype
 
     net = model(run.variant, uncond=run.uncond, tokens=run.tokens)
     if (device, dtype) != ("cpu", torch.float32):
-        net = copy.deepcopy(net).to(device, dtype, memory_format=torch.channels_last)
+        net = for_inference(copy.deepcopy(net).to(dtype), device)
     video = "t_" if run.variant == "temporal" else ""
     conditions = net.conditions(shown("clip_image"), shown("background"),
                                 None if run.variant == "stage1" else shown(f"{video}pose"),
@@ -78,6 +79,7 @@ def walk(run: Run, caching: bool = True, device: str = "cpu", dtype: torch.dtype
     predict = guided(conditions.pose)
     steps = list(sample(predict, shown(f"{video}init_latents", torch.float32), net.alpha_bars(), run.scheduler,
                         run.steps, noise=lambda i: shown("ddpm_noise", torch.float32)[i]))
+    assert device == "cpu" or guided.step.graphs, "a step that was not captured"
     z = fold(steps[-1].z)[0].to(dtype)
     return steps, net.vae.decode(z / net.vae.scaling), net.vae.to_picture(z)
 

@@ -58,6 +58,18 @@ def test_what_runs_together_answers_in_order():
     assert together(lambda: 1, lambda: [2], lambda: "3") == [1, [2], "3"]
 
 
+@needs_gpu
+def test_branches_of_a_graph_begin_and_end_with_what_is_around_them():
+    def around(x):
+        x = (x @ x).cos()
+        return sum(together(lambda: (x @ x).sin(), lambda: x @ x @ x, lambda: x + 1))
+    xs = torch.randn(3, 2048, 2048, device="cuda")
+    captured = Captured(torch.no_grad()(around))
+    for x in xs:
+        torch.testing.assert_close(captured(x), around(x))
+    assert captured.graphs
+
+
 @pytest.mark.parametrize("variant", ["image", "temporal"])
 @pytest.mark.parametrize("uncond", [None, "other"])
 def test_a_step_as_a_graph_gives_the_same_answers(monkeypatch, variant, uncond):
