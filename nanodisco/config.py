@@ -182,7 +182,10 @@ def from_dict(cls, values, where: str = ""):
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
-            raise InputError(f"unknown key {where}{key}{nearest(str(key), fields)}")
+            deeper = [f"{name}.{key}" for name in fields for group in typing.get_args(hints[name]) or [hints[name]]
+                      if dataclasses.is_dataclass(group) and key in group.__dataclass_fields__]
+            raise InputError(f"unknown key {where}{key}" + (f"; did you mean {' or '.join(deeper)}?" if deeper else
+                                                            nearest(str(key), fields)))
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING:
             raise InputError(f"missing key {where}{name} ({_type_name(hints[name])})")

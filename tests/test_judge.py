@@ -1,5 +1,6 @@
 """Scores: each formula against another program or a picture whose score is known."""
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,15 @@ def test_the_shipped_weights_dress_held_out_people_as_their_photos_are():
                     (judge.pairs(24, 0, 64), judge.pairs(24, 0, 64, stranger=1)))
     assert right["psnr"] > 21 and right["iou"] > 0.62 and right["shirt_legs"] < 12
     assert wrong["shirt_legs"] > 2 * right["shirt_legs"]
+
+
+@pytest.mark.parametrize("stage, refused", [("decoder", True), ("diffusion", False)])
+def test_a_vae_by_itself_makes_no_pictures_to_score(folder, tmp_path, stage, refused):
+    run = tmp_path / "last"
+    shutil.copytree(folder, run)
+    (run / "training.yaml").write_text(f"recipe: {{stage: {stage}}}\n")
+    with pytest.raises(InputError, match="is of stage decoder, so its UNet" if refused else "size 9; expected"):
+        evaluate.main(["--weights", str(run), "--size", "9", "--device", "cpu"])
 
 
 def test_one_picture_has_no_stranger():

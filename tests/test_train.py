@@ -356,8 +356,8 @@ def test_files_that_are_missing_are_named(place, name, more):
 
 
 @pytest.mark.parametrize("argument, words", [
-    ("--train.stepz=3", "did you mean 'steps'"), ("--train.lr=fast", "expected float"),
-    ("--train.batch=0", "1 or more"),
+    ("--train.stepz=3", "did you mean 'steps'"), ("--lr=3", "unknown key lr; did you mean train.lr?"),
+    ("--train.lr=fast", "expected float"), ("--train.batch=0", "1 or more"),
     ("--train.accumulate=3", "expected a multiple"), ("--train.unet=unet.nothing", "matches no tensor"),
     ("--data.kind=dancer", "expected one of dancers, tsv"),
     ("--start=[pretrained/last]", "it is what this stage goes on"),
