@@ -8,7 +8,6 @@ import math
 import sys
 from pathlib import Path
 
-from nanodisco.config import read_yaml
 from nanodisco.errors import InputError, run
 from nanodisco.files import appearing
 
@@ -46,18 +45,14 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--stranger with --count 1; expected 2 or more: the stranger is the next of them")
     if not Path(given.weights).exists():
         raise InputError(f"{given.weights} is not there; expected a folder of weights, such as RUN/last of train.py")
-    made_by = Path(given.weights) / "training.yaml"                      # of train.py
-    stage = read_yaml(made_by)["recipe"]["stage"] if made_by.exists() else "diffusion"
-    if stage != "diffusion":
-        raise InputError(f"{given.weights} is of stage {stage}, so its UNet is not trained; expected the run of a later "
-                         "stage, whose scores have this VAE's as `ceiling`")
     for path in filter(None, (given.json, given.pictures)):
         if Path(path).exists():
             raise InputError(f"{path} is already there; remove it or choose another name")
     from tqdm import tqdm
 
     from nanodisco import dance, judge
-    from nanodisco.loading import for_inference, load
+    from nanodisco.loading import for_inference, load, refuse_unfinished
+    refuse_unfinished(given.weights)
     model = load(given.weights, say=lambda text: print(text, file=sys.stderr))
     model = for_inference(model, dance.device_of(given.device))
     factor = model.config.vae.factor

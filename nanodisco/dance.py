@@ -28,7 +28,7 @@ from nanodisco.disco import DisCo
 from nanodisco.errors import InputError
 from nanodisco.files import write_text
 from nanodisco.guidance import Guided, windowed, windows
-from nanodisco.loading import for_inference, load
+from nanodisco.loading import for_inference, load, refuse_unfinished
 from nanodisco.sampling import frame_noise, sample
 from nanodisco.temporal import fold, unfold
 
@@ -56,6 +56,7 @@ def dance(given: Namespace, say: Say) -> int:
     source = Set(given, say) if given.data else Track(given, say)
     overrides = [f"--{name}={value}" for name, value in (("tokens", given.tokens), ("uncond", given.uncond)) if value]
     paths = [path for path in (given.sd, given.weights) if path]
+    refuse_unfinished(paths[-1])
     model = load(*paths, overrides=overrides, dtype=DTYPES[given.dtype], seed=given.seed, say=say)
     if given.cfg > 1 and not given.uncond:
         say(f"guidance: without a reference the model sees {model.config.uncond} (--uncond)")

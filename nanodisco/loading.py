@@ -168,6 +168,14 @@ def _initialise(model: nn.Module, seed: int) -> None:
                 module.reset_parameters()
 
 
+def refuse_unfinished(path: str | Path) -> None:
+    """InputError for a checkpoint of train.py that has a VAE only; all its other networks are as they were drawn."""
+    made_by = Path(path) / "training.yaml"
+    stage = read_yaml(made_by)["recipe"]["stage"] if made_by.exists() else "diffusion"
+    if stage != "diffusion":
+        raise InputError(f"{path} is of stage {stage}, so its UNet is not trained; expected the run of a later stage")
+
+
 def for_inference(model: DisCo, device: str = "cpu", say: Callable[[str], None] = print) -> DisCo:
     """On its device in the fastest form there, in place. It cannot be trained or saved afterwards."""
     model.requires_grad_(False)

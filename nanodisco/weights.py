@@ -104,6 +104,8 @@ def _open_folder(folder: Path) -> Weights:
     if (folder / "config.yaml").exists() or parts:
         missing = "model.safetensors" if (folder / "config.yaml").exists() else "config.yaml"
         raise InputError(f"{folder} has no {missing}; a nanodisco folder holds model.safetensors and config.yaml")
+    if (folder / "last").exists():
+        raise InputError(f"{folder} is a run of train.py; its weights are in {folder / 'last'}")
     raise InputError(f"{folder} holds no weights; expected unet/ vae/ image_encoder/ (Stable Diffusion), "
                      f"{DEEPSPEED_FILE} (DisCo), or model.safetensors with config.yaml (nanodisco)")
 

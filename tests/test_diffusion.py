@@ -323,7 +323,8 @@ def test_zero_terminal_snr_starts_at_the_very_last_step():
 @pytest.mark.parametrize("scheduler, steps, config, message", [
     ("euler", 10, STABLE, "expected one of ddim, ddpm, pndm, dpm\\+\\+"),
     ("ddim", 0, STABLE, "expected 1 to 1000"), ("ddim", 1001, STABLE, "expected 1 to 1000"),
-    ("pndm", 10, ZERO_SNR, "use ddim, ddpm or dpm\\+\\+")])
+    ("pndm", 10, ZERO_SNR, "use ddim, ddpm or dpm\\+\\+"),
+    ("ddim", 10, ZERO_SNR, "epsilon says nothing at zero signal")])
 def test_a_walk_that_cannot_be_made_is_refused(scheduler, steps, config, message):
     with pytest.raises(InputError, match=message):
         our_walk(scheduler, steps, config)

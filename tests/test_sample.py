@@ -3,6 +3,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -465,3 +466,23 @@ def test_ten_thousand_poses_are_read_one_batch_at_a_time(place, tmp_path):
     track = inputs.poses(str(tmp_path / "dance.json"), (64, 64), None, lambda text: None)
     assert len(track) == 10_000 and track[9_999].size == (64, 64)
     assert len(run(place, tmp_path, "-L", 2, poses=tmp_path / "dance.json")) == 2
+
+
+# ---- Other ways in ----------------------------------------------------------------------------------------------
+
+def test_the_lines_of_python_in_the_readme_make_a_picture(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code = (ROOT / "README.md").read_text().split("## In Python")[1].split("```python\n")[1].split("```")[0]
+    names = {name: torch.rand(1, 3, 64, 64) for name in ("reference", "background", "pose")}
+    exec(code, names)
+    assert names["picture"].shape == (1, 3, 64, 64) and names["picture"].isfinite().all()
+
+
+def test_the_run_of_a_vae_and_the_folder_around_a_checkpoint_are_told_from_weights(place, tmp_path):
+    last = tmp_path / "run" / "last"
+    shutil.copytree(place / "image", last)
+    (last / "training.yaml").write_text("recipe: {stage: vae}\n")
+    with pytest.raises(InputError, match="is of stage vae, so its UNet is not trained"):
+        run(place, tmp_path, weights=last)
+    with pytest.raises(InputError, match=f"is a run of train.py; its weights are in {last}"):
+        run(place, tmp_path, weights=last.parent)
