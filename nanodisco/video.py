@@ -172,7 +172,7 @@ def _animated(path: Path, fps: float) -> Iterator[Callable[[Frame], None]]:
 
     def write(frame: Frame) -> None:
         image = Image.fromarray(frame)
-        frames.append(image.quantize(255, kmeans=2) if path.suffix.lower() == ".gif" else image)
+        frames.append(image.quantize(255, kmeans=1) if path.suffix.lower() == ".gif" else image)
 
     yield write
     if frames:
