@@ -57,8 +57,8 @@ def sample(predict: Predict, z: Tensor, alpha_bars: Tensor, scheduler: str = "dd
     if scheduler == "pndm" and a[-1] == 0:
         raise InputError("pndm cannot start from zero signal (zero_snr); use ddim, ddpm or dpm++")
     if prediction == "epsilon" and a[-1] == 0:
-        raise InputError("prediction epsilon says nothing at zero signal (zero_snr), where sampling starts; expected v: "
-                         "pass prediction=model.config.diffusion.prediction")
+        raise InputError("prediction epsilon says nothing at zero signal (zero_snr), where sampling starts; expected "
+                         "v, as prediction=model.config.diffusion.prediction")
     calls = timesteps(scheduler, steps, len(a), zero_snr=a[-1] == 0)
     last = a[0] if scheduler in ("ddim", "pndm") else 1.0
     if scheduler == "pndm":
