@@ -106,6 +106,13 @@ def test_attention_is_its_formula(B, L, M, N, K, dtype):
     assert_is(attention_triton.attention, formula, *inputs(B, L, M, N, K, dtype))
 
 
+@pytest.mark.parametrize("B, L, M, N, K", STREAMING.values(), ids=STREAMING)
+def test_tiles_for_many_queries_give_the_formula_too(monkeypatch, B, L, M, N, K):
+    """What a test can wait for are few."""
+    monkeypatch.setattr(attention_triton, "FEW", 0)
+    assert_is(attention_triton.attention, formula, *inputs(B, L, M, N, K, torch.bfloat16))
+
+
 @DTYPES
 @pytest.mark.parametrize("B, F, S, N, K", SHORT.values(), ids=SHORT)
 def test_temporal_attention_is_the_formula_at_each_place(B, F, S, N, K, dtype):
