@@ -5,7 +5,7 @@ are final: the Triton versions take the same arguments.
 """
 from kernels.add_layer_norm import add_layer_norm
 from kernels.attention import attention, temporal_attention
-from kernels.geglu import geglu
+from kernels.geglu import GEGLU, geglu
 from kernels.group_norm_silu import group_norm_silu
 
-__all__ = ["add_layer_norm", "attention", "temporal_attention", "geglu", "group_norm_silu"]
+__all__ = ["GEGLU", "add_layer_norm", "attention", "temporal_attention", "geglu", "group_norm_silu"]

@@ -9,7 +9,7 @@ The vector-Jacobian product, with phi the derivative of Phi, the bell curve exp(
 Bytes: forward one reading of x and one writing of y, half as wide; backward one reading of x and of dy and one
 writing of dx. Nothing but x is kept.
 """
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from kernels.backend import use_triton
@@ -27,3 +27,13 @@ def geglu_reference(x: Tensor) -> Tensor:
     """The same in plain PyTorch."""
     value, gate = x.chunk(2, dim=-1)
     return value * gelu(gate)
+
+
+class GEGLU(nn.Linear):
+    """geglu of a linear layer whose outputs are value and gate.   (..., K) -> (..., D)"""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__(c_in, 2 * c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return geglu(super().forward(x))

@@ -188,8 +188,8 @@ def for_inference(model: DisCo, device: str = "cpu", say: Callable[[str], None] 
     if why := cpu.unavailable(model.dtype):
         say(f"without prepacked weights, so slower: {why}")
         return model
+    cpu.keep_freed_memory()
     for net in (model.unet, model.pose, model.background, model.vae):
         if net is not None:
             cpu.prepack(net)
-    cpu.keep_freed_memory()
     return model

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kernels import add_layer_norm, attention, geglu, group_norm_silu
+from kernels import GEGLU, add_layer_norm, attention, group_norm_silu
 from nanodisco.memo import Memo
 from nanodisco.temporal import TemporalAttention
 
@@ -94,11 +94,11 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.up = nn.Linear(width, 8 * width)                            # value and gate
+        self.up = GEGLU(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(geglu(self.up(x)))
+        return self.down(self.up(x))
 
 
 class TransformerBlock(nn.Module):

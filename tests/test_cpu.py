@@ -6,7 +6,7 @@ import torch
 from formula import build, given, golden
 from torch import nn
 
-from kernels import cpu
+from kernels import GEGLU, cpu
 from nanodisco.loading import for_inference
 
 RUNS = golden("image/modules.safetensors")
@@ -19,13 +19,15 @@ available = pytest.mark.skipif(bool(cpu.unavailable(torch.float32)), reason="thi
     (nn.Conv2d(8, 16, 3, padding=1), (2, 8, 9, 7)),
     (nn.Conv2d(8, 16, 3, padding=1), (1, 8, 40, 30)), (nn.Conv2d(8, 8, 3, stride=2), (1, 8, 33, 33)),
     (nn.Conv2d(4, 40, 1), (3, 4, 5, 6)), (nn.Linear(24, 40), (2, 5, 24)),
-    (nn.Linear(24, 40, bias=False), (7, 24))], ids=str)
+    (nn.Linear(24, 40, bias=False), (7, 24)), (GEGLU(24, 40), (2, 5, 24)),
+    (nn.Conv2d(256, 264, 3, padding=1), (1, 256, 11, 13)),
+    (nn.Conv2d(256, 256, 3, padding=1, bias=False), (2, 256, 12, 6))], ids=str)
 def test_packed_layer_gives_the_plain_answer(layer, shape, dtype, close):
     torch.manual_seed(0)
     net, x = nn.Sequential(copy.deepcopy(layer)).to(dtype).requires_grad_(False), torch.randn(shape).to(dtype)
     wanted = net(x)
     cpu.prepack(net)
-    assert type(net[0]) not in (nn.Conv2d, nn.Linear)
+    assert type(net[0]) not in (nn.Conv2d, nn.Linear, GEGLU)
     net(x)
     got = net(x)
     assert got.shape == wanted.shape and (got - wanted).abs().max() <= close * wanted.abs().max()
@@ -38,7 +40,18 @@ def test_a_layer_packed_for_few_pixels_is_right_for_many():
     wanted = net(many)
     cpu.prepack(net)
     net(few)
-    assert net[0].as_product and (net(many) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert net[0].convolve is cpu.PackedConv2d._as_product and (net(many) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@available
+@pytest.mark.parametrize("channels, dtype, way", [
+    ((256, 256), torch.float32, "_by_winograd"), ((256, 128), torch.float32, "_directly"),
+    ((256, 256), torch.bfloat16, "_directly")])
+def test_winograd_is_for_wide_layers_in_float32(channels, dtype, way):
+    net = nn.Sequential(nn.Conv2d(*channels, 3, padding=1)).to(dtype).requires_grad_(False)
+    cpu.prepack(net)
+    net(torch.randn(1, channels[0], 12, 12).to(dtype))
+    assert net[0].convolve is getattr(cpu.PackedConv2d, way)
 
 
 @available

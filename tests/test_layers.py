@@ -1,5 +1,6 @@
 """Layers and the operations under them, each against its formula in float64."""
 import math
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch.nn.functional import group_norm, silu
 from torch.testing import assert_close
 
 from kernels import attention, geglu, group_norm_silu, temporal_attention
+from kernels.attention import attention_reference
 from nanodisco.layers import Down, GroupNormSiLU, ResBlock, Up, time_features
 from nanodisco.temporal import TemporalAttention, TemporalConv, fold, unfold
 from nanodisco.transformer import CrossAttention
@@ -39,6 +41,25 @@ def naive_group_norm_silu(x, weight, bias, groups, eps, frames):
 def test_attention_is_its_formula(L, M, N, K):
     q, k, v = normal(2, L, N, K).float(), normal(2, M, N, K, seed=1).float(), normal(2, M, N, K, seed=2).float()
     assert_close(attention(3 * q, k, v).double(), naive_attention(3 * q, k, v), **FLOAT32)
+
+
+@pytest.mark.parametrize("size", [1, 4], ids=["small scores", "large scores"])
+@pytest.mark.parametrize("L, M, N, K", [(1, 1, 1, 8), (35, 35, 2, 16), (64, 257, 3, 40), (130, 5, 2, 80)])
+def test_attention_in_bfloat16_on_a_cpu_is_its_formula(L, M, N, K, size):
+    q, k, v = (normal(2, rows, N, K, seed=i).bfloat16() for i, rows in enumerate((L, M, M)))
+    with torch.no_grad():
+        got = attention_reference(size * q, k, v).double()
+    wanted = naive_attention(size * q, k, v)
+    assert (got - wanted).norm() <= 6e-3 * wanted.norm()
+
+
+def test_attention_in_bfloat16_on_a_cpu_is_whole_from_parts(monkeypatch):
+    q, k, v = (normal(2, rows, 3, 8, seed=i).bfloat16() for i, rows in enumerate((50, 9, 9)))
+    with torch.no_grad():
+        whole = attention_reference(q, k, v)
+        monkeypatch.setattr(sys.modules["kernels.attention"], "AT_ONCE", 500)
+        parts = attention_reference(q, k, v)
+    assert (parts - whole).norm() <= 6e-3 * whole.norm() and parts.is_contiguous()
 
 
 def test_attention_reads_packed_inputs():
