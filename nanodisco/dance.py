@@ -3,11 +3,11 @@
     load the weights ─ encode reference and background once ─ for each batch of poses: sample, decode, write
 
 The picture model makes each frame by itself, batch after batch, so a track of any length streams. The
-video model makes a clip at once, in windows that overlap.
+video model makes a clip at once, in windows that overlap; of a long one the poses are held, a byte a number.
 """
 import json
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -44,7 +44,7 @@ class Shown:
     names: list[str]
     reference: Tensor                  # (R, 3, S, S) for CLIP
     background: Tensor                 # (R, 3, H, W) in [-1, 1]
-    pose: Tensor                       # (B, 3, H, W) in [0, 1]
+    pose: np.ndarray                   # (B, H, W, 3) uint8
     photo: np.ndarray                  # (B or 1, H, W, 3) uint8, to show beside the result
     target: Tensor | None = None       # (B, 3, H, W) in [-1, 1], where it is known
 
@@ -103,11 +103,11 @@ class Track:
         return _cut(self.length, self.length if clips else given.batch)
 
     def shown(self, frames: range, clip: ClipConfig, together: bool) -> Shown:
-        pose = torch.stack([transforms.pose(self.poses[i], self.size) for i in frames])
+        pose = np.stack([transforms.frame(self.poses[i], self.size) for i in frames])
         return Shown([f"{i:06}" for i in frames],
                      transforms.reference(self.photo, self.mask, clip.image_size, self.binary, clip.crop)[None],
                      transforms.background(self.scene, self.hole, self.size, self.binary_hole)[None], pose,
-                     np.asarray(transforms.fill(self.photo, self.size))[None])
+                     transforms.frame(self.photo, self.size)[None])
 
 
 class Set:
@@ -141,8 +141,8 @@ class Set:
                      torch.stack([transforms.reference(*photo, clip.image_size, self.binary, clip.crop)
                                   for photo in photos]),
                      torch.stack([transforms.background(*scene, self.size, self.binary_hole) for scene in scenes]),
-                     torch.stack([transforms.pose(pose, self.size) for pose in poses]),
-                     np.stack([np.asarray(transforms.fill(photo[0], self.size)) for photo in photos]),
+                     np.stack([transforms.frame(pose, self.size) for pose in poses]),
+                     np.stack([transforms.frame(photo[0], self.size) for photo in photos]),
                      torch.stack([transforms.target(row.target, self.size) for row in rows]))
 
 
@@ -186,19 +186,22 @@ def _guided(model: DisCo, given: Namespace, shown: Shown, start: "Start", times:
 
 
 def _steps(model: DisCo, given: Namespace, guided: Guided, shown: Shown, start: "Start", frames: range) -> Iterator:
-    pose = shown.pose.to(model.device, model.dtype) if model.pose is not None else None
+    def pose(part: range) -> Tensor:                                     # (B, 3, H, W) in [0, 1]
+        return transforms.from_frames(shown.pose[part.start:part.stop]).to(model.device, model.dtype)
+
     if model.config.unet.temporal:
         parts = windows(len(frames), given.window, given.overlap)
-        predict = windowed(guided, lambda part: pose[part.start:part.stop].transpose(0, 1)[None], parts)
+        predict = windowed(guided, lambda part: pose(part).transpose(0, 1)[None], parts)
     else:
-        predict = guided(pose)
+        predict = guided(pose(range(len(frames))) if model.pose is not None else None)
     return sample(predict, start.latents(frames), model.alpha_bars(), given.scheduler, given.steps, given.eta,
                   model.config.diffusion.prediction, noise=lambda i: start.step_noise(frames, i))
 
 
-def _pictures(model: DisCo, z: Tensor) -> Tensor:
-    """Decode a few at a time.   (B, C, h, w) -> (B, 3, H, W) in [0, 1] on the CPU"""
-    return torch.cat([model.vae.to_picture(part.to(model.dtype)).float().cpu() for part in z.split(AT_ONCE)])
+def _pictures(model: DisCo, z: Tensor) -> Iterator[Tensor]:
+    """Decode a few at a time.   (B, C, h, w) -> pieces of (B, 3, H, W) in [0, 1] on the CPU"""
+    for part in z.split(AT_ONCE):
+        yield model.vae.to_picture(part.to(model.dtype)).float().cpu()
 
 
 class Start:
@@ -301,32 +304,42 @@ class Results:
     def __exit__(self, *error) -> bool | None:
         return self.open.__exit__(*error)
 
-    def write(self, shown: Shown, pictures: Tensor) -> None:
-        """The frames of one batch.   pictures (B, 3, H, W) in [0, 1]"""
-        frames, poses = transforms.to_frames(pictures), transforms.to_frames(shown.pose)
-        photos = np.broadcast_to(shown.photo, frames.shape)
+    def write(self, shown: Shown, pictures: Iterable[Tensor]) -> None:
+        """The frames of one batch, piece after piece.   pieces of (B, 3, H, W) in [0, 1]"""
         if self.official:
-            self._official(shown, frames, poses)
-        for frame, pose, photo in zip(frames, poses, photos):
-            for (what, _), write in self.writers.items():
-                write(video.enlarged(video.side_by_side(photo, pose, frame), SEEN) if what == "video" else frame)
-            if self.folder:
-                _save(self.folder / f"{self.count:06}.png", frame)
-            self.count += 1
+            self._official_references(shown)
+        done = 0
+        for piece in pictures:
+            frames, here = transforms.to_frames(piece), slice(done, done + len(piece))
+            if self.official:
+                self._official_frames(shown, here, frames)
+            photos = np.broadcast_to(shown.photo if len(shown.photo) == 1 else shown.photo[here], frames.shape)
+            for frame, pose, photo in zip(frames, shown.pose[here], photos):
+                for (what, _), write in self.writers.items():
+                    beside = what == "video"
+                    write(video.enlarged(video.side_by_side(photo, pose, frame), SEEN) if beside else frame)
+                if self.folder:
+                    _save(self.folder / f"{self.count:06}.png", frame)
+                self.count += 1
+            done = here.stop
 
-    def _official(self, shown: Shown, frames: np.ndarray, poses: np.ndarray) -> None:
-        """official: the folders of its visualising evaluation, names to the letter."""
-        given = self.given
-        pred = f"pred_gs{float(given.cfg)}_scale-cond{float(given.pose_scale)}-ref{float(given.background_scale)}"
-        of_frames = {"gt": transforms.to_frames(shown.target / 2 + 0.5), "cond": poses, pred: frames}
+    # official: the folders of its visualising evaluation, names to the letter
+
+    def _official_references(self, shown: Shown) -> None:
         # official: the picture model's reference is un-normalised as if it were in [-1, 1], which gives wrong colours
         reference = transforms.from_clip(shown.reference) if self.temporal else shown.reference / 2 + 0.5
-        of_references = {"ref": transforms.to_frames(reference.clamp(0, 1)),
-                         "ref_control": transforms.to_frames(shown.background / 2 + 0.5)}
-        for folder, pictures in (of_frames | of_references).items():
-            for key, picture in zip(shown.names, pictures):              # a clip has one reference
+        for folder, pictures in (("ref", reference.clamp(0, 1)), ("ref_control", shown.background / 2 + 0.5)):
+            for key, picture in zip(shown.names, transforms.to_frames(pictures)):        # a clip has one
+                _save(self.out / folder / official_name(key), picture)
+
+    def _official_frames(self, shown: Shown, here: slice, frames: np.ndarray) -> None:
+        given = self.given
+        pred = f"pred_gs{float(given.cfg)}_scale-cond{float(given.pose_scale)}-ref{float(given.background_scale)}"
+        target = transforms.to_frames(shown.target[here] / 2 + 0.5)
+        for folder, pictures in (("gt", target), ("cond", shown.pose[here]), (pred, frames)):
+            for key, picture in zip(shown.names[here], pictures):
                 name = official_name(key)
-                if self.temporal and folder in of_frames:
+                if self.temporal:
                     name = Path(official_name(shown.names[0])).stem + "/" + official_frame_name(key)
                 _save(self.out / folder / name, picture)
 

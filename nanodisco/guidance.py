@@ -18,6 +18,7 @@ from nanodisco.memo import Memo
 from nanodisco.temporal import fold
 from nanodisco.transformer import Context
 
+KEPT = 64                              # windows of a long clip
 Predict = Callable[[Tensor, Tensor], Tensor]      # (zt, t (B,)) -> eps or v, of zt's shape
 
 
@@ -123,15 +124,17 @@ def windowed(guided: Guided, pose: Callable[[range], Tensor], parts: list[range]
     """A long clip through a network of short ones: where windows overlap their answers are mixed, each
     weighted by how far the frame lies from its window's end.   zt (1, C, F, h, w)
 
-    `pose` gives the pose pictures (1, 3, F, H, W) of a range of frames.
+    `pose` gives the pose pictures (1, 3, F, H, W) of a range of frames. What the networks make of them, some
+    20 MB a window, is kept for a track of up to KEPT windows and made anew at each step of a longer one.
     """
-    networks = [guided(pose(part)) for part in parts]                    # each keeps what it makes of its poses
     if len(parts) == 1:
-        return networks[0]
+        return guided(pose(parts[0]))
+    kept = [guided(pose(part)) for part in parts] if len(parts) <= KEPT else None
 
     def predict(zt: Tensor, t: Tensor) -> Tensor:
         total, weights = torch.zeros_like(zt), torch.zeros(zt.shape[2], device=zt.device)
-        for part, network in zip(parts, networks):
+        for i, part in enumerate(parts):
+            network = kept[i] if kept else guided(pose(part))
             near = torch.arange(1, len(part) + 1, device=zt.device)
             weight = torch.minimum(near, near.flip(0)).float()
             frames = slice(part.start, part.stop)

@@ -34,9 +34,19 @@ def fill(picture: Image.Image, size: Size, method=Image.Resampling.BILINEAR) -> 
     return picture.crop(centre(picture.size, size)).resize(size, method)
 
 
+def frame(picture: Image.Image, size: Size) -> np.ndarray:
+    """The same as numbers.   uint8 (H, W, 3)"""
+    return np.array(fill(picture.convert("RGB"), size))
+
+
+def from_frames(frames: np.ndarray) -> Tensor:
+    """uint8 (..., H, W, 3) -> (..., 3, H, W) in [0, 1]"""
+    return torch.from_numpy(frames).movedim(-1, -3).float() / 255
+
+
 def to_tensor(picture: Image.Image) -> Tensor:
     """RGB -> (3, H, W) in [0, 1]"""
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+    return from_frames(np.array(picture.convert("RGB")))
 
 
 def target(picture: Image.Image, size: Size) -> Tensor:

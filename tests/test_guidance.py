@@ -3,6 +3,7 @@ import pytest
 import torch
 from formula import build, given, model
 
+from nanodisco import guidance
 from nanodisco.guidance import Guided, windowed, windows
 from nanodisco.memo import Memo
 
@@ -97,7 +98,9 @@ def test_windows_cover_every_frame_with_the_overlap_or_more(frames, window, over
     assert all(one.stop - other.start >= overlap for one, other in zip(parts, parts[1:]))
 
 
-def test_the_poses_of_a_window_are_looked_at_once():
+@pytest.mark.parametrize("kept, times", [(2, 1), (1, 3)], ids=["once", "at each step of a track that is too long"])
+def test_the_poses_of_a_window_are_looked_at(kept, times, monkeypatch):
+    monkeypatch.setattr(guidance, "KEPT", kept)
     rows, layer = [], model("temporal").pose.hint.conv_in
     hook = layer.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
     try:
@@ -108,10 +111,13 @@ def test_the_poses_of_a_window_are_looked_at_once():
                 predict(z, torch.full((1,), t))
     finally:
         hook.remove()
-    assert rows == [2, 2]                                                # two windows of two frames
+    assert rows == [2, 2] * times                                        # two windows of two frames
 
 
-def test_windows_that_agree_are_joined_without_a_trace():
+@pytest.mark.parametrize("kept", [2, 9])
+def test_windows_that_agree_are_joined_without_a_trace(kept, monkeypatch):
+    monkeypatch.setattr(guidance, "KEPT", kept)
+
     def same(pose):
         return lambda z, t: 2 * z
     z = torch.randn(1, 4, 9, 2, 2, generator=torch.Generator().manual_seed(0))

@@ -128,7 +128,12 @@ def test_batch_size_and_cache_change_no_frame(place, tmp_path, more):
 
 def test_another_batch_or_length_changes_nothing_beyond_rounding(place, tmp_path, monkeypatch):
     made, pictures = {}, dance._pictures
-    monkeypatch.setattr(dance, "_pictures", lambda model, z: made[name].append(pictures(model, z)) or made[name][-1])
+
+    def noted(model, z):
+        for piece in pictures(model, z):
+            made[name].append(piece)
+            yield piece
+    monkeypatch.setattr(dance, "_pictures", noted)
     for name, more in ("all", ["--batch", "6"]), ("ones", ["--batch", "1"]), ("fewer", ["--batch", "4", "-L", "5"]):
         made[name] = []
         run(place, tmp_path, *more, "--dtype", "fp32", out=name)
