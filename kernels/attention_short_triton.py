@@ -18,8 +18,11 @@ from kernels.tiles_triton import add, heads_adjacent, inner, load, parts, scaled
 
 
 def longest(q: Tensor) -> int:
-    """Rows of a tile, and so the longest sequence: what Hopper's matrix product wants, which has no float32."""
-    return 16 if q.dtype == torch.float32 else 64
+    """Rows of a tile, and so the longest sequence: what Hopper's matrix product wants, which has no float32.
+
+    0, none, in float32 where a head is so wide that backward would not fit into the registers.
+    """
+    return (16 if q.shape[-1] <= 192 else 0) if q.dtype == torch.float32 else 64
 
 
 @triton.jit
@@ -140,7 +143,8 @@ def cut(q: Tensor) -> tuple[tuple, tuple, dict]:
     count, rows = B * S, longest(q)
     each = rows // T                                                     # sequences of a tile
     MAIN, TAIL = parts(K)
+    wide = K > (96 if q.dtype == torch.float32 else 160)
     return ((-(-count // each) * N,), (count, S, K ** -0.5 * math.log2(math.e)),
             {"T": T, "N": N, "K": K, "MAIN": MAIN, "TAIL": TAIL, "ROWS": rows,
-             "EVEN": rows % T == 0 and count % each == 0, "num_warps": 8 if K > 160 else 4, "num_stages": 1,
+             "EVEN": rows % T == 0 and count % each == 0, "num_warps": 8 if wide else 4, "num_stages": 1,
              "enable_fp_fusion": True})

@@ -25,20 +25,25 @@ from kernels.tiles_triton import (add, heads_adjacent, inner, inner_rows, load, 
 LOG2_E = math.log2(math.e)
 ENOUGH = 528                           # programs that fill an H100 or H200: four for each of 132 multiprocessors
 FEW = 2 * 132 * 128                    # B N L up to which the GPU is not full; other tiles are faster then
-WIDTHS = (48, 64, 96, 128, 160, 256)   # heads up to each of these share a size
+WIDTHS = (48, 64, 80, 96, 128, 160, 192, 256)                            # heads up to each of these share a size
 SIZES = {                              # BLOCK_L, BLOCK_M, warps, stages; 16 bits wide, float32
     "forward": {
-        False: [(128, 32, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 4, 3), (128, 64, 8, 2)],
-        True: [(32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)]},
+        False: [(128, 32, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 4, 3),
+                (128, 64, 8, 2), (128, 64, 8, 2)],
+        True: [(32, 32, 4, 2)] * 4 + [(16, 16, 4, 1)] * 4},
     "few": {                           # forward, see FEW
-        False: [(128, 128, 8, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2)],
-        True: [(32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)]},
+        False: [(128, 128, 8, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3),
+                (128, 64, 8, 2), (128, 64, 8, 2)],
+        True: [(32, 32, 4, 2)] * 4 + [(16, 16, 4, 1)] * 4},
     "d_queries": {
-        False: [(64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (128, 32, 8, 2)],
-        True: [(32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 2)]},
-    "d_keys": {
-        False: [(32, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2), (16, 64, 4, 3), (32, 64, 8, 2)],
-        True: [(32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)]}}
+        False: [(64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2),
+                (128, 32, 8, 2), (128, 32, 8, 2)],
+        True: [(32, 32, 4, 2)] * 6 + [(16, 16, 4, 2)] * 2},
+    "d_keys": {                        # of the widest without Hopper's matrix unit: its tiles have too many registers
+        False: [(32, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (16, 64, 4, 3),
+                (32, 64, 8, 2), (32, 32, 8, 2)],
+        True: [(32, 32, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (16, 16, 4, 2), (16, 16, 4, 1),
+               (16, 16, 4, 1), (16, 16, 8, 1)]}}
 
 
 @triton.jit
@@ -158,7 +163,7 @@ def tiles(kernel: str, L: int, M: int, K: int, dtype: torch.dtype) -> tuple[dict
     width = next(i for i, most in enumerate(WIDTHS) if K <= most)
     block_l, block_m, num_warps, num_stages = SIZES[kernel][dtype == torch.float32][width]
     block_m = min(block_m, max(16, triton.next_power_of_2(M)))
-    first = kernel != "d_keys" and K <= 128 and M % block_m == 1         # wider, no registers are left for it
+    first = kernel != "d_keys" and K <= 96 and M % block_m == 1          # wider, no registers are left for it
     tile = {"BLOCK_L": block_l, "BLOCK_M": block_m, "EVEN_L": L % block_l == 0, "EVEN_M": (M - first) % block_m == 0}
     if kernel != "d_keys":
         tile["FIRST"] = int(first)

@@ -28,7 +28,7 @@ STREAMING = {                          # B, L, M, N, K
     "one key": (2, 9, 1, 1, 16),
     "one query": (1, 1, 35, 1, 16),
     "few keys, queries shared out": (1, 530, 6, 1, 8)} | {
-    f"width {K}": (1, 35, 33, 2, K) for K in (8, 24, 56, 72, 80, 96, 160, 256)}
+    f"width {K}": (1, 35, 33, 2, K) for K in (8, 24, 56, 64, 72, 80, 96, 128, 160, 192, 256)}
 
 SHORT = {                              # clips B, frames F, places S, N, K
     "16 frames": (2, 16, 6, 2, 40),
