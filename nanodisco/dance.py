@@ -66,7 +66,7 @@ def dance(given: Namespace, say: Say) -> int:
             raise InputError(f"{side} {pixels}; expected a multiple of {factor}, the latent factor of these weights")
     try:
         with torch.inference_mode():
-            return _run(for_inference(model, given.device, say), given, source)
+            return _run(for_inference(model, given.device, say, given.compile), given, source)
     except torch.OutOfMemoryError as error:
         raise InputError(f"{given.device} is out of memory ({str(error).splitlines()[0]}); a smaller --batch, now "
                          f"{given.batch}, or smaller -W -H need less") from None

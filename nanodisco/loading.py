@@ -176,8 +176,12 @@ def refuse_unfinished(path: str | Path) -> None:
         raise InputError(f"{path} is of stage {stage}, so its UNet is not trained; expected the run of a later stage")
 
 
-def for_inference(model: DisCo, device: str = "cpu", say: Callable[[str], None] = print) -> DisCo:
-    """On its device in the fastest form there, in place. It cannot be trained or saved afterwards."""
+def for_inference(model: DisCo, device: str = "cpu", say: Callable[[str], None] = print,
+                  compiled: bool = False) -> DisCo:
+    """On its device in the fastest form there, in place. It cannot be trained or saved afterwards.
+
+    compiled: torch.compile comes next, which knows nothing of weights that are packed already.
+    """
     model.requires_grad_(False)
     if device != "cpu":
         for module in model.modules():
@@ -185,10 +189,12 @@ def for_inference(model: DisCo, device: str = "cpu", say: Callable[[str], None] 
                 module.fold_biases()
         gpu.prepare(model)
         return model.to(device, memory_format=torch.channels_last)
+    cpu.keep_freed_memory()
+    if compiled:
+        return model
     if why := cpu.unavailable(model.dtype):
         say(f"without prepacked weights, so slower: {why}")
         return model
-    cpu.keep_freed_memory()
     for net in (model.unet, model.pose, model.background, model.vae):
         if net is not None:
             cpu.prepack(net)
