@@ -18,9 +18,10 @@ from kernels.tiles_triton import add, heads_adjacent, inner, load, parts, scaled
 
 
 def longest(q: Tensor) -> int:
-    """Rows of a tile, and so the longest sequence: what Hopper's matrix product wants, which has no float32.
+    """The longest sequence for this kernel, 0 if none: the rows of a tile.
 
-    0, none, in float32 where a head is so wide that backward would not fit into the registers.
+    64 are what Hopper's matrix product wants, which has no float32. And in float32 backward of a head wider than
+    192 does not fit into the registers.
     """
     return (16 if q.shape[-1] <= 192 else 0) if q.dtype == torch.float32 else 64
 

@@ -4,19 +4,20 @@ oneDNN multiplies with weights cut into blocks that fit the processor's register
 plain weights, so it blocks them anew at every call, which at the small sizes of a UNet can take longer
 than the multiplication. `prepack` swaps the layers for twins that block their weight once, at their
 first call, when the size of the input is known. For inference only: a packed layer has no gradient and
-cannot be saved.
+cannot be saved, and torch.compile does not take it.
 
 The operations are PyTorch's own but private (torch.compile ends in them). So they are tried first,
 and where they are missing or wrong the model stays as it is.
 """
 import ctypes
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear, pad
 
-from kernels.geglu import GEGLU
+from kernels.geglu import GEGLU, geglu_reference
 from kernels.winograd import conv3x3, transform_weight
 
 FEW = 128                              # pixels of a batch; for so few a convolution is faster as a matrix product
@@ -78,7 +79,7 @@ class PackedConv2d(PackedLinear):
     def __init__(self, layer: nn.Conv2d):
         super().__init__(layer)
         self.geometry = (layer.padding, layer.stride, layer.dilation, layer.groups)
-        self.convolve = None                                             # one of the three below
+        self.convolve: Callable[[PackedConv2d, Tensor], Tensor] | None = None        # one of the three below
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -86,7 +87,7 @@ class PackedConv2d(PackedLinear):
             self.convolve = self._suited_to(x)
         return self.convolve(self, x)
 
-    def _suited_to(self, x: Tensor):
+    def _suited_to(self, x: Tensor) -> Callable[["PackedConv2d", Tensor], Tensor]:
         if self.weight.shape[2:] == (3, 3) and self.geometry == ((1, 1), (1, 1), (1, 1), 1):
             if x[:, 0].numel() <= FEW:
                 return PackedConv2d._as_product
@@ -131,13 +132,14 @@ def unavailable(dtype: torch.dtype) -> str:
     with torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         few, x = (torch.randn(2, 8, 6, width, generator=generator).to(dtype) for width in (5, FEW))
-        conv, line = nn.Conv2d(8, 16, 3, padding=1).to(dtype), nn.Linear(5, 7).to(dtype)
+        layers = nn.Conv2d(8, 16, 3, padding=1), nn.Linear(5, 7), GEGLU(5, 7)
+        conv, line, gated = (layer.to(dtype) for layer in layers)
         try:
-            got = PackedConv2d(conv)(x), PackedConv2d(conv)(few), PackedLinear(line)(few)
+            got = [PackedConv2d(conv)(x), PackedConv2d(conv)(few), PackedLinear(line)(few), PackedGEGLU(gated)(few)]
         except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
             return f"PyTorch {torch.__version__} refuses them ({str(error).splitlines()[0]})"
         wanted = [conv2d(each, conv.weight, conv.bias, padding=1) for each in (x, few)]
-        wanted.append(linear(few, line.weight, line.bias))
+        wanted += [linear(few, line.weight, line.bias), geglu_reference(linear(few, gated.weight, gated.bias))]
     allowed = 1e-5 if dtype == torch.float32 else 2e-2
     if any((a - b).abs().max() > allowed * b.abs().max() for a, b in zip(got, wanted)):
         return f"PyTorch {torch.__version__} answers with wrong numbers"

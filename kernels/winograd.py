@@ -9,7 +9,8 @@
 
 Of all channels, each of the 16 numbers of a tile is a matrix product: (tiles, C) times (C, O). What comes
 before and after is additions, whose rounding is no worse than that of the longer sums they replace. In
-float32: a bfloat16 between the three parts would triple the error.
+float32: a bfloat16 between the three parts would triple the error. For inference: it writes into views,
+which neither autograd nor torch.compile can follow.
 """
 from collections.abc import Callable
 
@@ -29,14 +30,15 @@ def transform_weight(weight: Tensor) -> Tensor:
 
 def conv3x3(x: Tensor, weights: list[Tensor] | Tensor, bias: Tensor | None,
             product: Callable[[Tensor, Tensor], Tensor] = linear) -> Tensor:
-    """conv2d(x, weight, bias, padding=1).   (B, C, H, W), 16 of (O, C) -> (B, O, H, W), channels last
+    """conv2d(x, weight, bias, padding=1).   (B, C, H, W), 16 of (O, C) -> (B, O, H, W)
 
-    product(x, weights[i]) is x weights[i]^T, whatever form the 16 matrices of `transform_weight` have by now.
+    Channels last; with odd sides a view of a picture with even ones. product(x, weights[i]) is x weights[i]^T,
+    whatever form the 16 matrices of `transform_weight` have by now.
     """
     height, width = x.shape[2:]
     padded = pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1 + width % 2, 1, 1 + height % 2))        # whole tiles
     tiles_across = padded.shape[2] // 2 - 1
-    rows = max(1, STRIP // (16 * len(x) * tiles_across * x.shape[1]))    # of tiles
+    rows = max(1, STRIP // (16 * max(1, len(x)) * tiles_across * x.shape[1]))            # of tiles
     strips = [_strip(padded[:, i:i + 2 * rows + 2], weights, product) for i in range(0, height, 2 * rows)]
     y = strips[0] if len(strips) == 1 else torch.cat(strips, dim=1)
     if bias is not None:

@@ -187,7 +187,7 @@ def _guided(model: DisCo, given: Namespace, shown: Shown, start: "Start", times:
 
 def _steps(model: DisCo, given: Namespace, guided: Guided, shown: Shown, start: "Start", frames: range) -> Iterator:
     def pose(part: range) -> Tensor:                                     # (B, 3, H, W) in [0, 1]
-        return transforms.from_frames(shown.pose[part.start:part.stop]).to(model.device, model.dtype)
+        return transforms.from_frames(shown.pose[part.start:part.stop], model.device).to(model.dtype)
 
     if model.config.unet.temporal:
         parts = windows(len(frames), given.window, given.overlap)
@@ -275,7 +275,10 @@ def _version(package: str) -> str:
 # ---- Writing it -----------------------------------------------------------------------------------------------
 
 class Results:
-    """The output folder. Each file in it appears whole: pictures at once, videos when the run has ended."""
+    """The output folder. Each file in it appears whole: pictures at once, videos when the run has ended.
+
+    Pictures stay if what comes after them fails; videos do not appear then.
+    """
 
     def __init__(self, given: Namespace, model: DisCo):
         self.given, self.out, self.open = given, Path(given.out), ExitStack()

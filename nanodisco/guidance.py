@@ -18,7 +18,7 @@ from nanodisco.memo import Memo
 from nanodisco.temporal import fold
 from nanodisco.transformer import Context
 
-KEPT = 64                              # windows of a long clip
+KEPT = 2**28                           # numbers of pose pictures, of which is kept what the networks make of them
 Predict = Callable[[Tensor, Tensor], Tensor]      # (zt, t (B,)) -> eps or v, of zt's shape
 
 
@@ -124,12 +124,13 @@ def windowed(guided: Guided, pose: Callable[[range], Tensor], parts: list[range]
     """A long clip through a network of short ones: where windows overlap their answers are mixed, each
     weighted by how far the frame lies from its window's end.   zt (1, C, F, h, w)
 
-    `pose` gives the pose pictures (1, 3, F, H, W) of a range of frames. What the networks make of them, some
-    20 MB a window, is kept for a track of up to KEPT windows and made anew at each step of a longer one.
+    `pose` gives the pose pictures (1, 3, F, H, W) of a range of frames. What the networks make of them is kept
+    from step to step (85 windows of 16 frames at 256 x 256) and made anew at each step of a longer clip.
     """
+    first = pose(parts[0])
     if len(parts) == 1:
-        return guided(pose(parts[0]))
-    kept = [guided(pose(part)) for part in parts] if len(parts) <= KEPT else None
+        return guided(first)
+    kept = [guided(pose(part)) for part in parts] if first.numel() * len(parts) <= KEPT else None
 
     def predict(zt: Tensor, t: Tensor) -> Tensor:
         total, weights = torch.zeros_like(zt), torch.zeros(zt.shape[2], device=zt.device)

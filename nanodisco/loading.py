@@ -189,7 +189,7 @@ def for_inference(model: DisCo, device: str = "cpu", say: Callable[[str], None] 
                 module.fold_biases()
         gpu.prepare(model)
         return model.to(device, memory_format=torch.channels_last)
-    cpu.keep_freed_memory()
+    cpu.keep_freed_memory()                                              # of activations, packed or not
     if compiled:
         return model
     if why := cpu.unavailable(model.dtype):

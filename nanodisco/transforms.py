@@ -35,13 +35,13 @@ def fill(picture: Image.Image, size: Size, method=Image.Resampling.BILINEAR) -> 
 
 
 def frame(picture: Image.Image, size: Size) -> np.ndarray:
-    """The same as numbers.   uint8 (H, W, 3)"""
+    """Cropped and resized by `fill`.   -> uint8 (H, W, 3)"""
     return np.array(fill(picture.convert("RGB"), size))
 
 
-def from_frames(frames: np.ndarray) -> Tensor:
-    """uint8 (..., H, W, 3) -> (..., 3, H, W) in [0, 1]"""
-    return torch.from_numpy(frames).movedim(-1, -3).float() / 255
+def from_frames(frames: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 (..., H, W, 3) -> (..., 3, H, W) in [0, 1] on the device"""
+    return torch.from_numpy(frames).to(device).movedim(-1, -3).float() / 255
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
@@ -56,7 +56,7 @@ def target(picture: Image.Image, size: Size) -> Tensor:
 
 def pose(picture: Image.Image, size: Size) -> Tensor:
     """(3, H, W) in [0, 1]"""
-    return to_tensor(fill(picture.convert("RGB"), size))
+    return from_frames(frame(picture, size))
 
 
 def reference(picture: Image.Image, mask: Image.Image, size: int, binary: bool = False, crop: bool = False) -> Tensor:

@@ -8,7 +8,8 @@ A step is UNet + pose ControlNet + background ControlNet with guidance 2 at 32 x
 program is a process of its own; ours and one other take turns, so that a busy machine slows both of them alike.
 Loading is from the disk until the first step has been answered, less the time of a step: some libraries only map
 the files and read them at the first step. Printed: medians, and ratios ours / theirs (diffusers in its faster
-memory format), of steps the median of the pairs'. Weights are random and written to a temporary folder (6.3 GB in fp32) in both spellings.
+memory format), of steps the median of the pairs'. Weights are random and written to a temporary folder (6.3 GB in
+fp32) in both spellings.
 """
 import argparse
 import json

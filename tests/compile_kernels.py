@@ -74,7 +74,7 @@ def differentiated(function, *inputs):
     torch.autograd.grad(found, inputs, [torch.empty_like(o) for o in found])
 
 
-OTHERS = (8, 64, 96, 128, 192, 256)    # widths of heads that Stable Diffusion has not: each size of tile
+OTHERS = (8, 64, 96, 128, 192, 256)    # widths of heads that Stable Diffusion has not: each of WIDTHS, its widest
 ROWS = [
     ("self d40 1024", lambda: attention(*packed(32, 1024, 8, 40))),
     ("self d80 256", lambda: attention(*packed(32, 256, 8, 80))),
@@ -91,7 +91,8 @@ ROWS = [
     ("temporal d160 16", lambda: temporal(16, *packed(32, 64, 8, 160))),
     *((f"cross d{K} 256x257", lambda K=K: attention(*crossed(32, 256, 257, 8, K))) for K in OTHERS),
     *((f"temporal d{K} 16", lambda K=K: temporal(16, *packed(32, 64, 8, K))) for K in OTHERS),
-    *((f"self d{K} 256 float32", lambda K=K: attention(*packed(2, 256, 8, K, FP32))) for K in OTHERS),
+    *((f"cross d{K} 300x77 few", lambda K=K: attention(*crossed(2, 300, 77, 8, K))) for K in OTHERS),
+    *((f"cross d{K} 300x77 few float32", lambda K=K: attention(*crossed(2, 300, 77, 8, K, FP32))) for K in OTHERS),
     *((f"temporal d{K} 16 float32", lambda K=K: temporal(16, *packed(32, 64, 8, K, FP32))) for K in (160, 192, 256)),
     ("self d40 1024 float16", lambda: attention(*packed(32, 1024, 8, 40, FP16))),
     ("self d40 1024 float32", lambda: attention(*packed(2, 1024, 8, 40, FP32))),

@@ -30,9 +30,9 @@ def test_nothing_is_spilled_and_all_fits(table):
     assert not {name for name, row in table.items() if row["stack"] or row["spills"] or row["shared"] > SHARED}
 
 
-def test_matrix_kernels_use_the_matrix_units_except_in_float32(table):
+def test_matrix_kernels_use_the_matrix_units_except_in_float32_and_for_dkeys_of_the_widest_heads(table):
     attention = {name for name in table if name.startswith(("self", "cross", "temporal"))}
-    without = {name for name in attention if "float32" in name or name == "cross d256 256x257: d_keys"}
+    without = {name for name in attention if "float32" in name or "d256" in name and name.endswith("d_keys")}
     assert {name for name in attention if table[name]["HGMMA"]} == attention - without
 
 

@@ -53,6 +53,16 @@ def test_attention_in_bfloat16_on_a_cpu_is_its_formula(L, M, N, K, size):
     assert (got - wanted).norm() <= 6e-3 * wanted.norm()
 
 
+@torch.no_grad()
+def test_attention_in_bfloat16_is_torchs_own_where_there_is_nothing_to_multiply_or_to_multiply_with(monkeypatch):
+    q, k, v = (normal(2, rows, 3, 8, seed=i).bfloat16() for i, rows in enumerate((5, 9, 9)))
+    assert attention_reference(q[:0], k[:0], v[:0]).shape == (0, 5, 3, 8)
+    assert torch.equal(attention_reference(q, k[:, :0], v[:, :0]), torch.zeros_like(q))
+    monkeypatch.setattr(sys.modules["kernels.attention"], "_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(sys.modules["kernels.attention"], "_by_products", None)
+    assert attention_reference(q, k, v).shape == q.shape
+
+
 def test_attention_in_bfloat16_on_a_cpu_is_whole_from_parts(monkeypatch):
     q, k, v = (normal(2, rows, 3, 8, seed=i).bfloat16() for i, rows in enumerate((50, 9, 9)))
     with torch.no_grad():

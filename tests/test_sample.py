@@ -335,6 +335,41 @@ def test_clips_of_the_video_model_have_the_official_names(place, tmp_path):
     assert made == set(listing["video_model_run"]) | {"eval_visu/settings.yaml"}
 
 
+def test_pieces_of_a_batch_keep_to_their_rows(place, tmp_path, monkeypatch):
+    """Decoded and written two at a time: each row's pose and target under its name, its photo beside it."""
+    rows = write_set(tmp_path, [["a_0.png", "a_1.png", "a_2.png"], ["b_0.png", "b_1.png"]])
+    monkeypatch.setattr(dance, "AT_ONCE", 2)
+    shown = []
+    monkeypatch.setattr(dance.video, "side_by_side", lambda *parts: shown.append(parts) or parts[-1])
+    evaluate(place, rows, tmp_path / "disco", "--layout", "disco", "--batch", 5)
+    evaluate(place, rows, tmp_path / "ours", "--batch", 5, "--format", "mp4")
+    assert len(shown) == 5
+    for i, (photo, pose, _) in enumerate(shown):
+        row = data.Validation(rows)[i]
+        name = dance.official_name(row.key)
+        wanted = {"cond": row.pose, "gt": row.target}
+        for folder, picture in wanted.items():
+            made = np.asarray(Image.open(tmp_path / "disco" / folder / name))
+            assert np.array_equal(made, transforms.frame(picture, (64, 64)))
+        assert np.array_equal(photo, transforms.frame(row.reference, (64, 64)))
+        assert np.array_equal(pose, transforms.frame(row.pose, (64, 64)))
+
+
+def test_what_fails_while_decoding_leaves_whole_pictures_and_no_video(place, tmp_path, monkeypatch):
+    pictures = dance._pictures
+
+    def failing(model, z):
+        yield next(pictures(model, z))
+        raise torch.OutOfMemoryError("no room")
+    monkeypatch.setattr(dance, "AT_ONCE", 2)
+    monkeypatch.setattr(dance, "_pictures", failing)
+    with pytest.raises(InputError, match="out of memory"):
+        run(place, tmp_path, "--batch", 6, out="a")
+    left = {str(path.relative_to(tmp_path / "a")) for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    assert left == {"settings.yaml", "frames/000000.png", "frames/000001.png"}
+    assert all(Image.open(path).load() for path in (tmp_path / "a" / "frames").iterdir())
+
+
 def test_reference_of_a_clip_is_written_in_its_own_colours(place, tmp_path):
     videos = write_set(tmp_path, [KEYS[:2]])
     evaluate(place, videos, tmp_path / "out", "--layout", "disco", "--window", 2, weights="video")

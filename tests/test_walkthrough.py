@@ -1,6 +1,7 @@
 """docs/walkthrough.md says what the code does: its numbers, its shapes, its links, and the answers to its exercises."""
 import ast
 import re
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -180,8 +181,8 @@ def test_exercise_sampling_the_share_of_a_window():
     parts = windows(40, 16, 4)
     says("Sampling", "A clip of 40 frames is made in windows of 16 that share 4. At frame 13,",
          "frames {} to {}, {} to {} and {} to {}.".format(*(end for part in parts for end in (part[0], part[-1]))))
-    answer = {part: float(i == 0) for i, part in enumerate(parts)}       # only the first window says 1
-    ask = windowed(lambda part: lambda z, t: torch.full_like(z, answer[part]), lambda part: part, parts)
+    ask = windowed(lambda pose: lambda z, t: torch.full_like(z, float(pose[0] == 0)),         # only the first says 1
+                   lambda part: torch.tensor(part), parts)
     share = ask(torch.zeros(1, 1, 40, 1, 1), torch.zeros(1)).flatten()
     assert [f"{share[13]:.1f}"] == answers("Sampling")
     torch.testing.assert_close(share[14], 1 - share[13])
@@ -397,7 +398,7 @@ def traced() -> dict[str, list]:
 
     first, block = "encoder.down.1.res.0", "encoder.down.0.attn.0"
     paths = {"conv_in": "encoder.conv_in", "after conv1": f"{first}.conv1", "the time's": f"{first}.time", "y": first,
-             "as a sequence": f"{block}.proj_in", "value and gate": f"{block}.block.ff.up", "out, added": block,
+             "as a sequence": f"{block}.proj_in", "out, added": block,
              "middle": "encoder.mid", "norm, SiLU": "conv_out", "level 3 down": "encoder.down.3.res.1",
              "h": "encoder.down.0.res.0"}
     paths |= {f"level {i} down": f"encoder.down.{i}.down" for i in (0, 1, 2)}
@@ -419,13 +420,15 @@ def traced() -> dict[str, list]:
     with pytest.MonkeyPatch.context() as patch, recorded(net, paths) as seen:
         spy(transformer, "attention")
         spy(temporal, "temporal_attention")
+        gated, geglu = [], sys.modules["kernels.geglu"]
+        patch.setattr(geglu, "geglu", lambda x, plain=geglu.geglu: gated.append(x.shape) or plain(x))
         net(z, t, tokens, frames=frames)
     for hook in hooks:
         hook.remove()
     res, mid = net.get_submodule(first), seen["middle"].shape
     says("Layers", f"`ResBlock`](../nanodisco/layers.py), {res.conv1.in_channels} → {res.conv1.out_channels} |")
     says("UNet", "goes down to where {} × {} places".format(*mid[2:]))
-    shapes |= {start: [tensor.shape] for start, tensor in seen.items()}
+    shapes |= {start: [tensor.shape] for start, tensor in seen.items()} | {"value and gate": gated[:1]}
     shapes |= {start: [shape] for start, shape in inputs.items()} | {"latent |": [z.shape]}
 
     own, along, cross = calls[:3]                                        # of the first block

@@ -26,11 +26,12 @@ def test_many_strips_are_one(monkeypatch):
     assert (conv3x3(x, u, None) - whole).abs().max() <= 1e-5 * whole.abs().max()
 
 
-def test_in_float32_it_is_as_exact_as_any_kernel():
+def test_in_float32_its_error_is_at_most_twice_that_of_conv2d():
     torch.manual_seed(0)
     x, weight = torch.randn(1, 320, 16, 16), torch.randn(256, 320, 3, 3)
     exact = conv2d(x.double(), weight.double(), padding=1)
-    assert (conv3x3(x, transform_weight(weight), None) - exact).norm() <= 2e-6 * exact.norm()
+    error = (conv3x3(x, transform_weight(weight), None) - exact).norm()
+    assert error <= 2 * (conv2d(x, weight, padding=1) - exact).norm()
 
 
 def test_it_needs_sixteen_products_for_four_outputs():
