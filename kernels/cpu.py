@@ -79,7 +79,8 @@ class PackedConv2d(PackedLinear):
     def __init__(self, layer: nn.Conv2d):
         super().__init__(layer)
         self.geometry = (layer.padding, layer.stride, layer.dilation, layer.groups)
-        self.convolve: Callable[[PackedConv2d, Tensor], Tensor] | None = None        # one of the three below
+        # One of the three below. Not bound to this layer: a layer that holds itself outlives its last use.
+        self.convolve: Callable[[PackedConv2d, Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
