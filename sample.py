@@ -41,8 +41,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--layout", choices=("disco",), help="with --data: the folders of the official evaluation")
     top.add_argument("--weights", metavar="DIR|FILE", help="default: weights/disco if it is there, else weights/nano")
     top.add_argument("--sd", metavar="DIR", help="Stable Diffusion folder that --weights comes on top of")
-    top.add_argument("-W", "--width", type=int, help="of the result (default: as the weights were trained; 256)")
-    top.add_argument("-H", "--height", type=int, help="of the result (default: as the weights were trained; 256)")
+    top.add_argument("-W", "--width", type=int, help="pixels of the result (default: as the weights' "
+                     "config.yaml says, else 256)")
+    top.add_argument("-H", "--height", type=int, help="the same")
     top.add_argument("-L", "--length", type=int, metavar="FRAMES", help="make only the first so many frames")
     top.add_argument("--steps", type=int, help="sampling steps (default 50; of the example 20)")
     top.add_argument("--cfg", type=float, default=1.5, help="guidance; 1 is none and twice as fast (default 1.5)")
@@ -53,15 +54,17 @@ def parser() -> argparse.ArgumentParser:
                      "the same for all, or one reseeded generator a batch (default frame; of the example shared)")
     top.add_argument("--latents", metavar="FILE", help="safetensors with `latents` to start from (F, C, h, w), and "
                      "perhaps `background_noise` (1, C, h, w) and `step_noise` (steps, F, C, h, w)")
-    top.add_argument("--posterior", choices=("mean", "sample"), default="mean", help="of the background's encoding")
-    top.add_argument("--uncond", choices=("zeros", "clip-zero"), help="no reference is; default: as the weights say")
-    top.add_argument("--tokens", choices=("local", "local-clip", "global"), help="of the reference; default: as the "
-                     "weights say")
+    top.add_argument("--posterior", choices=("mean", "sample"), default="mean", help="the VAE's latent of the "
+                     "background: its mean, or a random draw as in the official program (default mean)")
+    top.add_argument("--uncond", choices=("zeros", "clip-zero"), help="what guidance shows in place of the reference "
+                     "(default: as the weights say; official weights do not, and get zeros)")
+    top.add_argument("--tokens", choices=("local", "local-clip", "global"), help="what CLIP gives of the photo: all "
+                     "tokens by the trained or by CLIP's own projection, or one (default: as the weights say)")
     top.add_argument("--pose-scale", type=float, default=1.0, help="strength of the pose net (default 1)")
     top.add_argument("--background-scale", type=float, default=1.0, help="strength of the background net (default 1)")
     top.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp32 on a CPU, bf16 on a GPU")
     top.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (default auto)")
-    top.add_argument("--batch", type=int, default=4, help="frames made together (default 4)")
+    top.add_argument("--batch", type=int, default=4, help="picture model: frames made together (default 4)")
     top.add_argument("--fps", type=float, default=8.0, help="of the video (default 8)")
     top.add_argument("--window", type=int, default=16, help="video model: frames it sees at once (default 16)")
     top.add_argument("--overlap", type=int, help="video model: frames that windows share (default 4, or all but one)")
@@ -107,10 +110,11 @@ def judge(given: argparse.Namespace) -> None:
         if value and value % 4:
             raise InputError(f"{side} {value}; expected a multiple of the latent factor (8 for Stable Diffusion): "
                              f"{value // 8 * 8} or {value // 8 * 8 + 8}")
+    given.format = ",".join(dict.fromkeys(given.format.split(",")))      # each once
     if unknown := [name for name in given.format.split(",") if name not in FORMATS]:
         raise InputError(f"--format {unknown[0]!r}; expected any of {','.join(FORMATS)}")
     if given.pose_size and not (len(parts := given.pose_size.split("x")) == 2
-                                and all(part.isdigit() and int(part) > 0 for part in parts)):
+                                and all(part.isdecimal() and int(part) > 0 for part in parts)):
         raise InputError(f"--pose-size {given.pose_size}; expected WxH, as 1080x1920")
     if not given.weights:
         given.weights = next((str(place) for place in WEIGHTS if place.exists()), None)
@@ -148,6 +152,9 @@ def say(text: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     given = parser().parse_args(argv)
     judge(given)
+    if given.weights == str(NANO) and given.ref not in (None, str(EXAMPLE["ref"])):
+        say("weights/nano draws synthetic people only; for a photo of a real one name the official weights "
+            "(README: Official weights)")
     began = time.perf_counter()
     from nanodisco import dance                              # imports torch
     made = dance.dance(given, say)

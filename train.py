@@ -17,7 +17,8 @@ from nanodisco.errors import InputError, run
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, recipes.Recipe]:
     top = argparse.ArgumentParser(prog="train.py", description="Train one stage.",
-                                  epilog="Any field of the YAML file can be set: --train.lr=1e-4 --data.clips=500")
+                                  epilog="Any field of the YAML file can be set: --train.lr=1e-4 --data.clips=500 "
+                                         "(all of them, and what they mean: nanodisco/recipe.py)")
     top.add_argument("recipe", metavar="YAML", help="config/*.yaml, config/nano/*.yaml")
     top.add_argument("--resume", choices=("auto", "force"), help="go on from the newest whole checkpoint in the run's "
                      "folder, if there is one; force: although the recipe has changed")

@@ -104,43 +104,12 @@ def _gradient_of_sum(sums, dsums, dnormed,         # (R, D), rows stride, stride
     tl.store(slot + D + lanes, tl.sum(dbias, 0), mask=lanes < D)
 
 
-# ---- Launches ---------------------------------------------------------------------------------------------
+# ---- Operations of PyTorch --------------------------------------------------------------------------------
 
 def empty_sum(x: Tensor, more: Tensor | None) -> Tensor:
     """Room for x + more, in the type that PyTorch would give it; for nothing where nothing is added."""
     return x.new_empty(0) if more is None else x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, more.dtype))
 
-
-def launch_forward(x: Tensor, more: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
-                   dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum; normed in `dtype`; mean and rstd, (2, R)."""
-    sums, normed = empty_sum(x, more), x.new_empty(x.shape, dtype=dtype)
-    x, more = as_rows(x), None if more is None else as_rows(more)
-    (R, D), (ROWS, BD, warps) = x.shape, tile_of(x.shape[1], each=32)
-    stats = statistics_for(sums, 2, R)
-    if R:
-        _add_normalise[(triton.cdiv(R, ROWS),)](
-            x, more, weight, bias, sums, normed, stats, R, D, x.stride(0), 0 if more is None else more.stride(0), eps,
-            MORE=more is not None, ROWS=ROWS, BD=BD, **options(warps))
-    return sums, normed, stats
-
-
-def launch_backward(dsums: Tensor | None, dnormed: Tensor, sums: Tensor, weight: Tensor,
-                    stats: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of the sum; those of weight and bias, (2, D)."""
-    dx = sums.new_empty(sums.shape)
-    sums, dsums, dnormed = as_rows(sums), None if dsums is None else as_rows(dsums), as_rows(dnormed)
-    (R, D), (ROWS, BD, warps) = sums.shape, tile_of(sums.shape[1], each=16)
-    programs = max(1, min(WARPS // warps, triton.cdiv(R, max(ROWS, LEAST))))
-    slots = stats.new_empty(programs, 2, D)
-    _gradient_of_sum[(programs,)](
-        sums, dsums, dnormed, weight, stats, dx, slots, R, D, sums.stride(0),
-        0 if dsums is None else dsums.stride(0), dnormed.stride(0), DSUMS=dsums is not None, ROWS=ROWS, BD=BD,
-        **options(warps))
-    return dx, slots.sum(0)
-
-
-# ---- Operations of PyTorch --------------------------------------------------------------------------------
 
 def add_layer_norm_triton(x: Tensor, more: Tensor | None, weight: Tensor, bias: Tensor,
                           eps: float = 1e-5) -> tuple[Tensor, Tensor]:
@@ -160,8 +129,17 @@ def add_layer_norm_triton(x: Tensor, more: Tensor | None, weight: Tensor, bias: 
 @torch.library.custom_op("nanodisco::add_layer_norm", mutates_args=())
 def forward(x: Tensor, more: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
             dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum; normed in `dtype`; mean and rstd, (2, R)."""
+    sums, normed = empty_sum(x, more), x.new_empty(x.shape, dtype=dtype)
+    x, more = as_rows(x), None if more is None else as_rows(more)
+    (R, D), (ROWS, BD, warps) = x.shape, tile_of(x.shape[1], each=32)
+    stats = statistics_for(sums, 2, R)
     with torch.cuda.device_of(x):
-        return launch_forward(x, more, weight, bias, eps, dtype)
+        if R:
+            _add_normalise[(triton.cdiv(R, ROWS),)](
+                x, more, weight, bias, sums, normed, stats, R, D, x.stride(0), 0 if more is None else more.stride(0),
+                eps, MORE=more is not None, ROWS=ROWS, BD=BD, **options(warps))
+    return sums, normed, stats
 
 
 @forward.register_fake
@@ -173,8 +151,18 @@ def _(x, more, weight, bias, eps, dtype):
 @torch.library.custom_op("nanodisco::add_layer_norm_backward", mutates_args=())
 def backward(dsums: Tensor | None, dnormed: Tensor, sums: Tensor, weight: Tensor,
              stats: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of the sum; those of weight and bias, (2, D)."""
+    dx = sums.new_empty(sums.shape)
+    sums, dsums, dnormed = as_rows(sums), None if dsums is None else as_rows(dsums), as_rows(dnormed)
+    (R, D), (ROWS, BD, warps) = sums.shape, tile_of(sums.shape[1], each=16)
+    programs = max(1, min(WARPS // warps, triton.cdiv(R, max(ROWS, LEAST))))
+    slots = stats.new_empty(programs, 2, D)
     with torch.cuda.device_of(sums):
-        return launch_backward(dsums, dnormed, sums, weight, stats)
+        _gradient_of_sum[(programs,)](
+            sums, dsums, dnormed, weight, stats, dx, slots, R, D, sums.stride(0),
+            0 if dsums is None else dsums.stride(0), dnormed.stride(0), DSUMS=dsums is not None, ROWS=ROWS, BD=BD,
+            **options(warps))
+    return dx, slots.sum(0)
 
 
 @backward.register_fake

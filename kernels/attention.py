@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from kernels import attention_cpu
 from kernels.backend import use_triton
 
 SMALL = 256 * 256                      # queries times keys: torch's gradient on a CPU is slower than the plain one
-AT_ONCE = 2**22                        # scores on a CPU in bfloat16: 8 MB, so that they stay in its cache
 WIDEST = 256                           # head of a kernel
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,34 +54,9 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.device.type == "cpu" and torch.is_grad_enabled() and q.shape[2] * k.shape[2] <= SMALL:
         weights = torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(2, 3), dim=-1)
         return (weights.to(v.dtype) @ v).transpose(1, 2).contiguous()
-    if (q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.is_grad_enabled() and q.numel() and k.numel()
-            and _multiplies_bfloat16()):
-        return _by_products(q, k, v).transpose(1, 2).contiguous()
+    if q.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return attention_cpu.attention(q, k, v).transpose(1, 2).contiguous()
     return scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
-
-
-def _multiplies_bfloat16() -> bool:
-    """Whether oneDNN does here; torch's own products of bfloat16 matrices are twenty times as slow."""
-    here = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    return here and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def _by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """On a CPU in bfloat16, up to twice as fast as torch's own, which is in float32 within.
-
-    3 x (B, N, L or M, K) -> q's. A score has eight bits here, too few if it is large. But softmax stays as it
-    is when a number is taken from all scores of a query: inside of the product, where all is float32 still,
-    the largest among every eighth key. As a rule that is nearly the largest of all, and the scores that count
-    come out near 0, where bfloat16 is fine; else they are rounded as they would have been without it.
-    """
-    shape, scale = q.shape, q.shape[-1] ** -0.5
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)
-    out = []
-    for some in q.split(max(1, AT_ONCE // (len(q) * k.shape[2])), dim=1):
-        some_scores = torch.baddbmm(q.new_empty(()), some, k[:, :, ::8], beta=0, alpha=-scale)
-        scores = torch.baddbmm(some_scores.amin(-1, keepdim=True), some, k, alpha=scale)
-        out.append(scores.softmax(-1) @ v)
-    return torch.cat(out, dim=1).view(shape)
 
 
 def temporal_attention_reference(q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:

@@ -12,12 +12,16 @@ and where they are missing or wrong the model stays as it is.
 import ctypes
 import sys
 from collections.abc import Callable
+from mmap import PAGESIZE
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear, pad
 
 from kernels.geglu import GEGLU, geglu_reference
+from kernels.gpu import is_pointwise
+from kernels.up_conv import UpConv2d, part_weights, up_conv, windows
 from kernels.winograd import conv3x3, transform_weight
 
 FEW = 128                              # pixels of a batch; for so few a convolution is faster as a matrix product
@@ -27,10 +31,11 @@ WIDE = 256                             # channels before and after, from which o
 class PackedLinear(nn.Module):
     """nn.Linear.   (..., K) -> (..., N)"""
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d):
+    def __init__(self, layer: nn.Linear | nn.Conv2d, files: list[range] = ()):
         super().__init__()
         self.weight, self.packed = layer.weight.data, False
         self.bias = None if layer.bias is None else layer.bias.data
+        self.of_a_file = any(self.weight.data_ptr() in place for place in files)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._product(x)
@@ -45,7 +50,8 @@ class PackedLinear(nn.Module):
         return self.weight.flatten(1)
 
     def _pack(self, packed: Tensor | list[Tensor]) -> None:
-        leave_to_the_file(self.weight)
+        if self.of_a_file:
+            leave_to_the_file(self.weight)
         self.weight, self.packed = packed, True
 
 
@@ -76,8 +82,8 @@ class PackedConv2d(PackedLinear):
     multiplications; in float32 Winograd's has fewer, for 16/9 of the weights.
     """
 
-    def __init__(self, layer: nn.Conv2d):
-        super().__init__(layer)
+    def __init__(self, layer: nn.Conv2d, files: list[range] = ()):
+        super().__init__(layer, files)
         self.geometry = (layer.padding, layer.stride, layer.dilation, layer.groups)
         # One of the three below. Not bound to this layer: a layer that holds itself outlives its last use.
         self.convolve: Callable[[PackedConv2d, Tensor], Tensor] | None = None
@@ -103,7 +109,7 @@ class PackedConv2d(PackedLinear):
         return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.geometry, "none", [], "")
 
     def _as_product(self, x: Tensor) -> Tensor:
-        return self._product(_neighbourhoods(x)).permute(0, 3, 1, 2)
+        return self._product(windows(pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)), 3)).permute(0, 3, 1, 2)
 
     def _by_winograd(self, x: Tensor) -> Tensor:
         if not self.packed:
@@ -115,15 +121,25 @@ class PackedConv2d(PackedLinear):
         return self.weight.permute(0, 2, 3, 1).flatten(1)
 
 
+class PackedUpConv2d(nn.Module):
+    """UpConv2d.   (B, C_in, H, W) -> (B, C_out, *size), channels last, in parts where that is twice the size"""
+
+    def __init__(self, layer: UpConv2d):
+        super().__init__()
+        self.plain, self.parts = layer, None             # the layer itself for other sizes
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        if tuple(size) != (2 * x.shape[2], 2 * x.shape[3]):
+            return self.plain(x, size)
+        if self.parts is None:
+            parts, pixels = part_weights(self.plain.weight), x[:, 0].numel()
+            self.parts = [torch.ops.mkldnn._reorder_linear_weight(part, pixels) for part in parts]
+        return up_conv(x, self.parts, self.plain.bias, _packed_product)
+
+
 def _packed_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias of a weight that was packed.   (..., K) -> (..., N)"""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def _neighbourhoods(x: Tensor) -> Tensor:
-    """Each pixel with the eight around it.   (B, C, H, W) -> (B, H, W, 9 C)"""
-    padded = pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-    return padded.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3).flatten(3)
 
 
 def unavailable(dtype: torch.dtype) -> str:
@@ -147,31 +163,41 @@ def unavailable(dtype: torch.dtype) -> str:
     return ""
 
 
-def prepack(model: nn.Module) -> None:
+def prepack(model: nn.Module, files: list[range] | None = None) -> None:
     """Swap every Conv2d and Linear inside `model` for its packed twin, one by one, in place."""
+    files = mapped_files() if files is None else files
     for name in list(model._modules):                    # by name: a list of layers would keep all plain weights
         layer = model._modules[name]
-        if isinstance(layer, nn.Conv2d):
-            setattr(model, name, PackedPointwise(layer) if layer.kernel_size == (1, 1) else PackedConv2d(layer))
+        if isinstance(layer, UpConv2d):
+            setattr(model, name, PackedUpConv2d(layer))
+        elif isinstance(layer, nn.Conv2d):
+            setattr(model, name, (PackedPointwise if is_pointwise(layer) else PackedConv2d)(layer, files))
         elif type(layer) is GEGLU:
-            setattr(model, name, PackedGEGLU(layer))
+            setattr(model, name, PackedGEGLU(layer, files))
         elif isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward:
-            setattr(model, name, PackedLinear(layer))
-        else:
-            if layer is not None:
-                prepack(layer)
+            setattr(model, name, PackedLinear(layer, files))
+        elif layer is not None:
+            prepack(layer, files)
+
+
+def mapped_files() -> list[range]:
+    """The addresses at which files are seen as memory, as a safetensors file is. Linux tells; none elsewhere."""
+    if sys.platform != "linux":
+        return []
+    maps = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    return [range(*(int(end, 16) for end in place.split("-"))) for place, _, _, _, inode, *_ in maps if inode != "0"]
 
 
 def leave_to_the_file(weight: Tensor) -> None:
-    """Weights of a safetensors file are a map of it. Once they are packed, their pages need no memory any more.
+    """Weights of a file that is seen as memory: once they are packed, their pages need no memory any more.
 
-    They stay readable: Linux fetches them again from the file. Memory that has no file behind it
-    goes to swap, if there is any, and else stays as it is.
+    They stay readable: Linux fetches them again, from the file or from what it still holds of it.
     """
-    page, page_out = 4096, 21                                            # of mman.h
-    first, end = -(-weight.data_ptr() // page) * page, (weight.data_ptr() + weight.nbytes) // page * page
-    if sys.platform == "linux" and end > first:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), page_out)
+    dont_need = 4                                                        # of mman.h
+    first, end = (address // PAGESIZE * PAGESIZE for address in (weight.data_ptr() + PAGESIZE - 1,
+                                                                 weight.data_ptr() + weight.nbytes))
+    if end > first:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), dont_need)
 
 
 def keep_freed_memory() -> None:

@@ -71,7 +71,7 @@ def _gradient_of_x(x,                  # (R, 2 D), rows `stride` apart
     tl.store(results + D, (g * value * slope).to(dx.dtype.element_ty), mask=inside)
 
 
-# ---- Launches ---------------------------------------------------------------------------------------------
+# ---- Operations of PyTorch --------------------------------------------------------------------------------
 
 def as_rows(x: Tensor) -> Tensor:
     """A matrix of the last axis, side by side in memory, rows at any one distance; a copy where x is not that."""
@@ -83,26 +83,6 @@ def arithmetic(x: Tensor) -> tl.dtype:
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
-def launch_forward(x: Tensor) -> Tensor:
-    x, y = as_rows(x), x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-    (R, D), (ROWS, BD) = (len(x), y.shape[-1]), tile_of(y.shape[-1])
-    if y.numel():
-        _geglu[(triton.cdiv(R, ROWS) * triton.cdiv(D, BD),)](
-            x, y, R, D, x.stride(0), TYPE=arithmetic(x), ROWS=ROWS, BD=BD, **FOUR_WARPS)
-    return y
-
-
-def launch_backward(dy: Tensor, x: Tensor) -> Tensor:
-    dx, x, dy = x.new_empty(x.shape), as_rows(x), as_rows(dy)
-    (R, D), (ROWS, BD) = dy.shape, tile_of(dy.shape[1])
-    if dy.numel():
-        _gradient_of_x[(triton.cdiv(R, ROWS) * triton.cdiv(D, BD),)](
-            x, dy, dx, R, D, x.stride(0), dy.stride(0), TYPE=arithmetic(x), ROWS=ROWS, BD=BD, **FOUR_WARPS)
-    return dx
-
-
-# ---- Operations of PyTorch --------------------------------------------------------------------------------
-
 def geglu_triton(x: Tensor) -> Tensor:
     """geglu of geglu.py. Under autocast the result has the type of x, as PyTorch has it there."""
     assert x.shape[-1] % 2 == 0, f"{x.shape[-1]} channels cannot be halved into values and gates"
@@ -111,8 +91,13 @@ def geglu_triton(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("nanodisco::geglu", mutates_args=())
 def forward(x: Tensor) -> Tensor:
+    x, y = as_rows(x), x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+    (R, D), (ROWS, BD) = (len(x), y.shape[-1]), tile_of(y.shape[-1])
     with torch.cuda.device_of(x):
-        return launch_forward(x)
+        if y.numel():
+            _geglu[(triton.cdiv(R, ROWS) * triton.cdiv(D, BD),)](
+                x, y, R, D, x.stride(0), TYPE=arithmetic(x), ROWS=ROWS, BD=BD, **FOUR_WARPS)
+    return y
 
 
 @forward.register_fake
@@ -122,8 +107,13 @@ def _(x):
 
 @torch.library.custom_op("nanodisco::geglu_backward", mutates_args=())
 def backward(dy: Tensor, x: Tensor) -> Tensor:
+    dx, x, dy = x.new_empty(x.shape), as_rows(x), as_rows(dy)
+    (R, D), (ROWS, BD) = dy.shape, tile_of(dy.shape[1])
     with torch.cuda.device_of(x):
-        return launch_backward(dy, x)
+        if dy.numel():
+            _gradient_of_x[(triton.cdiv(R, ROWS) * triton.cdiv(D, BD),)](
+                x, dy, dx, R, D, x.stride(0), dy.stride(0), TYPE=arithmetic(x), ROWS=ROWS, BD=BD, **FOUR_WARPS)
+    return dx
 
 
 @backward.register_fake

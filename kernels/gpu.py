@@ -10,6 +10,10 @@ from torch.nn.functional import linear
 GEOMETRY = ((1, 1), (1, 1), (0, 0), 1) # kernel, stride, padding, groups of a convolution of one pixel
 
 
+def is_pointwise(layer: nn.Conv2d) -> bool:
+    return GEOMETRY == (layer.kernel_size, layer.stride, layer.padding, layer.groups)
+
+
 class Pointwise(nn.Module):
     """nn.Conv2d of one pixel, channels last.   (B, C_in, H, W) -> (B, C_out, H, W)"""
 
@@ -24,7 +28,7 @@ class Pointwise(nn.Module):
 def prepare(model: nn.Module) -> None:
     """Swap every such Conv2d inside `model` in place."""
     for name, layer in list(model.named_children()):
-        if isinstance(layer, nn.Conv2d) and GEOMETRY == (layer.kernel_size, layer.stride, layer.padding, layer.groups):
+        if isinstance(layer, nn.Conv2d) and is_pointwise(layer):
             setattr(model, name, Pointwise(layer))
         else:
             prepare(layer)

@@ -318,19 +318,9 @@ def statistics_for(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def launch_forward(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float,
-                   frames: int, silu: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """y in `dtype`; centre and rstd, (2, N, C)."""
-    x = dense(x)
-    y, stats = torch.empty_like(x, dtype=dtype), statistics_for(x, 2, *x.shape[:2])
-    small = (frames == 1 and x.shape[2] * x.shape[3] <= SMALL and x.numel() <= FEW
-             and width_of_groups(x.shape[1] // groups) <= 128)
-    (launch_small if small else launch_tiles)(x, y, weight, bias, shift, stats, groups, eps, frames, silu)
-    return y, stats
-
-
 def launch_small(x, y, weight, bias, shift, stats, groups, eps, frames, silu) -> None:
-    (N, C, H, W), P, CG = x.shape, x.shape[2] * x.shape[3], x.shape[1] // groups
+    N, C, H, W = x.shape
+    P, CG = H * W, C // groups
     width = width_of_groups(CG)
     BC = triton.next_power_of_2(width)
     CHUNK = min(8192 // BC, max(16, triton.next_power_of_2(P)))
@@ -341,7 +331,8 @@ def launch_small(x, y, weight, bias, shift, stats, groups, eps, frames, silu) ->
 
 
 def launch_tiles(x, y, weight, bias, shift, stats, groups, eps, frames, silu) -> None:
-    (N, C, H, W), P, LAST = x.shape, x.shape[2] * x.shape[3], channels_last(x)
+    N, C, H, W = x.shape
+    P, LAST = H * W, channels_last(x)
     CHUNK, BC = tile_of(N, P, C, most=128)
     K = triton.cdiv(P, CHUNK)
     LANES, ROWS = tile_of_group(C // groups, frames * K)
@@ -351,26 +342,6 @@ def launch_tiles(x, y, weight, bias, shift, stats, groups, eps, frames, silu) ->
         slots, shift, stats, N, frames, K, P, C, 1 if shift is None else N // len(shift), eps, CG=C // groups,
         LANES=LANES, ROWS=ROWS, CHUNK=CHUNK, SHIFT=shift is not None, **FOUR_WARPS)
     _apply[grid](x, y, weight, bias, stats, P, C, SILU=silu, LAST=LAST, CHUNK=CHUNK, BC=BC, **FOUR_WARPS)
-
-
-def launch_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, stats: Tensor, groups: int, frames: int,
-                    silu: bool, shifted: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """dx; sums of g and g xhat over the pixels, (2 or 3, N, C); sums of dx, (N, C) or none if not `shifted`."""
-    x = dense(x)
-    (N, C, H, W), P, LAST = x.shape, x.shape[2] * x.shape[3], channels_last(x)
-    dy = dy.contiguous(memory_format=torch.channels_last if LAST else torch.contiguous_format)
-    CHUNK, BC = tile_of(N, P, C, most=64)
-    K = triton.cdiv(P, CHUNK)
-    LANES, ROWS = tile_of_group(C // groups, frames)
-    tiles = dict(SILU=silu, LAST=LAST, CHUNK=CHUNK, BC=BC, **FOUR_WARPS)
-    slots, grid = statistics_for(x, 2 + shifted, N, K, C), (triton.cdiv(C, BC), K, N)
-    _sums[grid](x, dy, weight, bias, stats, slots, P, C, SHIFT=shifted, **tiles)
-    sums = slots.sum(2)
-    dx, folded, dshift = torch.empty_like(x), torch.empty_like(stats), statistics_for(x, N if shifted else 0, C)
-    _fold_sums[groups, N // frames](sums, weight, stats, folded, dshift, N, frames, P, C, CG=C // groups,
-                                    LANES=LANES, ROWS=ROWS, SHIFT=shifted, **FOUR_WARPS)
-    _gradient_of_x[grid](x, dy, dx, weight, bias, stats, folded, P, C, **tiles)
-    return dx, sums, dshift
 
 
 # ---- Operations of PyTorch --------------------------------------------------------------------------------
@@ -395,8 +366,14 @@ def group_norm_silu_triton(x: Tensor, weight: Tensor, bias: Tensor, groups: int,
 @torch.library.custom_op("nanodisco::group_norm_silu", mutates_args=())
 def forward(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float, frames: int,
             silu: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """y in `dtype`; centre and rstd, (2, N, C)."""
+    x = dense(x)
+    y, stats = torch.empty_like(x, dtype=dtype), statistics_for(x, 2, *x.shape[:2])
+    small = (frames == 1 and x.shape[2] * x.shape[3] <= SMALL and x.numel() <= FEW
+             and width_of_groups(x.shape[1] // groups) <= 128)
     with torch.cuda.device_of(x):
-        return launch_forward(x, weight, bias, shift, groups, eps, frames, silu, dtype)
+        (launch_small if small else launch_tiles)(x, y, weight, bias, shift, stats, groups, eps, frames, silu)
+    return y, stats
 
 
 @forward.register_fake
@@ -407,8 +384,24 @@ def _(x, weight, bias, shift, groups, eps, frames, silu, dtype):
 @torch.library.custom_op("nanodisco::group_norm_silu_backward", mutates_args=())
 def backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, stats: Tensor, groups: int, frames: int,
              silu: bool, shifted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dx; sums of g and g xhat over the pixels, (2 or 3, N, C); sums of dx, (N, C) or none if not `shifted`."""
+    x = dense(x)
+    N, C, H, W = x.shape
+    P, LAST = H * W, channels_last(x)
+    dy = dy.contiguous(memory_format=torch.channels_last if LAST else torch.contiguous_format)
+    CHUNK, BC = tile_of(N, P, C, most=64)
+    K = triton.cdiv(P, CHUNK)
+    LANES, ROWS = tile_of_group(C // groups, frames)
+    tiles = dict(SILU=silu, LAST=LAST, CHUNK=CHUNK, BC=BC, **FOUR_WARPS)
+    slots, grid = statistics_for(x, 2 + shifted, N, K, C), (triton.cdiv(C, BC), K, N)
+    dx, folded, dshift = torch.empty_like(x), torch.empty_like(stats), statistics_for(x, N if shifted else 0, C)
     with torch.cuda.device_of(x):
-        return launch_backward(dy, x, weight, bias, stats, groups, frames, silu, shifted)
+        _sums[grid](x, dy, weight, bias, stats, slots, P, C, SHIFT=shifted, **tiles)
+        sums = slots.sum(2)
+        _fold_sums[groups, N // frames](sums, weight, stats, folded, dshift, N, frames, P, C, CG=C // groups,
+                                        LANES=LANES, ROWS=ROWS, SHIFT=shifted, **FOUR_WARPS)
+        _gradient_of_x[grid](x, dy, dx, weight, bias, stats, folded, P, C, **tiles)
+    return dx, sums, dshift
 
 
 @backward.register_fake

@@ -140,7 +140,8 @@ class ModelConfig:
             else:
                 _require(not net.hole, f"{name}.hole", "needs hint: latents")
                 _require(2 ** (len(net.widths) - 1) == self.vae.factor, f"{name}.widths",
-                         f"has {len(net.widths)} entries, but {len(self.vae.widths)} reach the latent's size")
+                         f"has {len(net.widths)} entries; expected {self.vae.factor.bit_length()} to reach the latent's "
+                         "size")
         if diffusion.schedule != "cosine":
             first, last = diffusion.beta_start, diffusion.beta_end
             _require(first is not None and last is not None and 0 < first <= last < 1, "diffusion.beta_start",

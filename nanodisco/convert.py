@@ -12,11 +12,10 @@ from pathlib import Path
 from nanodisco.errors import InputError, run
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-NETWORKS = {"vae.": "VAE", "unet.": "UNet", "controlnet.nets.0.": "pose ControlNet",
-            "controlnet.nets.1.": "background ControlNet", "clip_image_encoder.": "CLIP image encoder",
-            "refer_clip_proj.": "token projection"}
-FIELDS = {"vae.": "vae", "unet.": "unet", "controlnet.nets.0.": "pose", "controlnet.nets.1.": "background",
-          "clip_image_encoder.": "clip"}                 # where a network's sizes stand in a ModelConfig
+NETWORKS = {"vae.": ("VAE", "vae"), "unet.": ("UNet", "unet"),           # where its sizes stand in a ModelConfig
+            "controlnet.nets.0.": ("pose ControlNet", "pose"),
+            "controlnet.nets.1.": ("background ControlNet", "background"),
+            "clip_image_encoder.": ("CLIP image encoder", "clip"), "refer_clip_proj.": ("token projection", "")}
 WHAT = {"base": "Stable Diffusion, no ControlNets", "stage1": "attribute pre-training (stage 1)",
         "image": "picture model", "temporal": "video model (temporal layers)"}
 BASE = ("vae.", "unet.", "clip_image_encoder.")
@@ -41,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
                             "default: what the files hold")
     bring.add_argument("--config", metavar="YAML", help="model configuration for what the files do not say")
     bring.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as in the files")
-    bring.add_argument("--at-most", type=float, default=0, metavar="MB", help="cut the weights into files of at most "
+    bring.add_argument("--at-most", type=int, default=0, metavar="MB", help="cut the weights into files of at most "
                        "so many megabytes (default: one file)")
     bring.add_argument("--seed", type=int, default=0, help="for parts that no file holds (default 0)")
     send = verbs.add_parser("export", help="write a nanodisco folder under the official names")
@@ -73,11 +72,10 @@ def inspect(path: str) -> None:
     found = weights.open_weights(path)
     print(f"{found.path}: {found.kind}, {WHAT[found.variant]}{f' ({found.note})' if found.note else ''}")
     shown = sizes.from_shapes({name: tuple(tensor.shape) for name, tensor in found.tensors.items()})
-    for prefix, network in NETWORKS.items():
+    for prefix, (network, group) in NETWORKS.items():
         tensors = [tensor for name, tensor in found.tensors.items() if name.startswith(prefix)]
         if tensors:
             dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
-            group = FIELDS.get(prefix, "")
             _line(network, f"{len(tensors):4} tensors {sum(t.numel() for t in tensors):13,} values, {' '.join(dtypes)}"
                   + _sizes(shown.get(group, {}) | found.known.get(group, {})))
     other = [name for name in found.tensors if not name.startswith(tuple(NETWORKS))]
@@ -88,7 +86,7 @@ def inspect(path: str) -> None:
         _line("not used", ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common(5)))
     _line("fits", _fits(found))
     for use, needed in USES.items():
-        lacking = [NETWORKS.get(part, "temporal layers") for part in needed
+        lacking = [NETWORKS.get(part, ("temporal layers",))[0] for part in needed
                    if not any(part in name for name in found.tensors)]
         _line(f"for {use}", "complete" if not lacking else "lacks " + ", ".join(lacking))
 
@@ -127,12 +125,12 @@ def bring(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from nanodisco import loading, weights
 
     _refuse_existing(arguments.out)
-    if arguments.at_most and not arguments.at_most >= 1:
+    if arguments.at_most < 0:
         raise InputError(f"--at-most {arguments.at_most}; expected 1 or more megabytes")
     dtype = getattr(torch, DTYPES[arguments.dtype]) if arguments.dtype else None
     model = loading.load(*arguments.paths, variant=arguments.variant, config=arguments.config, overrides=overrides,
                          dtype=dtype, seed=arguments.seed)
-    weights.write_folder(Path(arguments.out), model.state_dict(), model.config, int(arguments.at_most * 10**6))
+    weights.write_folder(Path(arguments.out), model.state_dict(), model.config, arguments.at_most * 10**6)
     print(f"wrote {arguments.out}: {sum(p.numel() for p in model.parameters()):,} values, "
           f"tokens {model.config.tokens}, uncond {model.config.uncond}")
 
@@ -155,6 +153,9 @@ def send(arguments: argparse.Namespace) -> None:
         return
     if model.config.unet.temporal:
         raise InputError(f"{arguments.path} is a video model, which diffusers has no layout for; use --to disco")
+    if model.config.vae.stem > 1 or model.config.vae.linear:
+        raise InputError(f"{arguments.path} has a VAE with vae.stem or vae.linear, which diffusers has no layout for; "
+                         "use --to disco")
     weights.write_diffusers(out, model.state_dict(), model.config, arguments.old_names)
     print(f"wrote {out}: unet, vae, image_encoder, scheduler. Left out, as this layout has no place for them: "
           "the ControlNets and the token projection (--to disco keeps them)")

@@ -84,26 +84,6 @@ def guide(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
     return uncond + scale * (cond - uncond)
 
 
-# ---- Coming down: which steps ---------------------------------------------------------------------
-
-def leading_timesteps(n: int, steps: int, offset: int = 1) -> list[int]:
-    """n of the training steps, evenly apart, last first: 901, 801, …, 1 for n = 10 of 1000.
-
-    official: DDIM and PNDM shift by 1, DDPM does not.
-    """
-    return [min(i * (steps // n) + offset, steps - 1) for i in reversed(range(n))]
-
-
-def trailing_timesteps(n: int, steps: int) -> list[int]:
-    """Evenly apart and starting from the very last step: what zero terminal SNR needs. 999, 899, …, 99."""
-    return [round(steps - i * steps / n) - 1 for i in range(n)]
-
-
-def linspace_timesteps(n: int, steps: int) -> list[int]:
-    """From the very last step down, 0 left out: the usual choice for DPM-Solver++. 999, 899, …, 100."""
-    return [round((steps - 1) * i / n) for i in range(n, 0, -1)]
-
-
 # ---- Coming down: one step -------------------------------------------------------------------------
 
 def ddim_step(z0: Tensor, eps: Tensor, a: float, a_prev: float,
@@ -132,8 +112,7 @@ def adams_bashforth(history: list[Tensor]) -> Tensor:
 
 def pndm_step(zt: Tensor, eps: Tensor, a: float, a_prev: float) -> Tensor:
     """PNDM eq. 11: move zt from noise level a to a_prev along eps, which may mix several predictions."""
-    z0 = (zt - (1 - a) ** 0.5 * eps) / a ** 0.5
-    return ddim_step(z0, eps, a, a_prev)
+    return ddim_step(*split(eps, zt, a, "epsilon"), a, a_prev)
 
 
 def dpm_step(z0: Tensor, zt: Tensor, a: float, a_prev: float,

@@ -1,5 +1,6 @@
 """Files appear whole or not at all: written beside their place, then renamed into it."""
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -33,13 +34,26 @@ def appearing(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """A text file; an existing one is replaced."""
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A place to write the file `path` to; it takes that name, an existing file's too, when the block ends well."""
+    path = Path(path)
     beside = path.with_name(f".{path.name}.part")
     try:
-        beside.write_text(text, encoding="utf-8")
+        yield beside
         os.replace(beside, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file; an existing one is replaced."""
+    with replacing(path) as place:
+        place.write_text(text, encoding="utf-8")
+
+
+def natural(name: str) -> list:
+    """A sorting key by which frame2 comes before frame10."""
+    return [int(part) if part.isdecimal() else part.lower() for part in re.split(r"(\d+)", name)]

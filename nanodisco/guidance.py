@@ -1,6 +1,6 @@
 """Guidance: the networks as one function of the noisy latent and the step, with nothing computed twice.
 
-    eps = eps(z, none) + w (eps(z, reference) - eps(z, none))          (arXiv:2207.12598, eq. 6)
+    eps = eps(z, none) + g (eps(z, reference) - eps(z, none))          (arXiv:2207.12598, eq. 6, g = 1 + w)
 
     guided = Guided(model, tokens, background, uncond, guidance=1.5)   # once a reference
     predict = guided(pose)                                             # once a batch of frames

@@ -14,19 +14,25 @@ from nanodisco.tsv import Table
 Say = Callable[[str], None]
 
 
+def _given(mask: str, picture: Image.Image, path: str, say: Say) -> Image.Image:
+    """A mask by its name; "black": whatever is not black in the picture.   -> L"""
+    if mask == "black":
+        return transforms.not_black(picture)
+    found = video.picture(mask).convert("L")
+    if found.size != picture.size:
+        say(f"{mask} is {found.width}x{found.height}, {path} {picture.width}x{picture.height}: the mask is resized")
+    return found
+
+
 def photo(path: str, mask: str | None, say: Say) -> tuple[Image.Image, Image.Image]:
     """The reference and where the person is in it.   -> RGB, L (255 is the person)
 
     mask: a picture; "black": the person was cut out on black; None: the picture's own alpha, else estimated.
     """
     picture = video.picture(path)
-    if mask == "black":
-        found = transforms.not_black(picture)
-    elif mask:
-        found = video.picture(mask).convert("L")
-        if found.size != picture.size:
-            say(f"{mask} is {_size(found)}, {path} {_size(picture)}: the mask is resized")
-    elif picture.mode == "RGBA":
+    if mask:
+        found = _given(mask, picture, path, say)
+    elif picture.mode == "RGBA" and picture.getchannel("A").getextrema()[0] < 255:       # opaque, it says nothing
         found = picture.getchannel("A")
     elif estimate.installed():
         found = estimate.mask(picture)
@@ -45,12 +51,9 @@ def scene(path: str, mask: str | None, say: Say) -> tuple[Image.Image, Image.Ima
     mask: a picture; "black": the hole is black; None: what is transparent, nothing in an opaque picture.
     """
     picture = video.picture(path)
-    if mask == "black":
-        hole = ImageOps.invert(transforms.not_black(picture))
-    elif mask:
-        hole = video.picture(mask).convert("L")
-        if hole.size != picture.size:
-            say(f"{mask} is {_size(hole)}, {path} {_size(picture)}: the mask is resized")
+    if mask:
+        hole = _given(mask, picture, path, say)
+        hole = ImageOps.invert(hole) if mask == "black" else hole
     else:
         hole = ImageOps.invert(picture.getchannel("A")) if picture.mode == "RGBA" else Image.new("L", picture.size)
     return picture.convert("RGB"), hole
@@ -59,11 +62,11 @@ def scene(path: str, mask: str | None, say: Say) -> tuple[Image.Image, Image.Ima
 class Poses:
     """A track of pose pictures, each made when it is asked for."""
 
-    def __init__(self, names: list[str], make: Callable[[int], Image.Image]):
-        self.names, self.make = names, make
+    def __init__(self, count: int, make: Callable[[int], Image.Image]):
+        self.count, self.make = count, make
 
     def __len__(self) -> int:
-        return len(self.names)
+        return self.count
 
     def __getitem__(self, i: int) -> Image.Image:
         return self.make(i)
@@ -111,14 +114,14 @@ def _of_pictures(files: list[Path], align_to: str | None) -> Poses:
         one, other = list(sizes.items())[:2]
         raise InputError(f"{files[0].parent} holds poses of different sizes: {one[1].name} is {one[0][0]}x{one[0][1]}, "
                          f"{other[1].name} {other[0][0]}x{other[0][1]}; expected one size")
-    return Poses([file.stem for file in files], lambda i: video.picture(files[i]).convert("RGB"))
+    return Poses(len(files), lambda i: video.picture(files[i]).convert("RGB"))
 
 
 def _of_table(table: Table, align_to: str | None) -> Poses:
     _refuse_alignment(align_to)
     if len(table) == 0:
         raise InputError(f"{table.path} has no rows; expected one pose a row")
-    return Poses([f"{i:06}" for i in range(len(table))], lambda i: table.picture(i, 1))
+    return Poses(len(table), lambda i: table.picture(i, 1))
 
 
 def _of_keypoints(frames: list[pose.Frame], canvas, align_to: str | None, path: str, say: Say) -> Poses:
@@ -138,13 +141,9 @@ def _of_keypoints(frames: list[pose.Frame], canvas, align_to: str | None, path: 
 
     def make(i: int) -> Image.Image:
         return Image.fromarray(pose.draw(frames[i].people, frames[i].size or canvas))
-    return Poses([frame.name or f"{i:06}" for i, frame in enumerate(frames)], make)
+    return Poses(len(frames), make)
 
 
 def _refuse_alignment(align_to: str | None) -> None:
     if align_to:
         raise InputError("--align needs keypoints; give the poses as JSON instead of pictures")
-
-
-def _size(picture: Image.Image) -> str:
-    return f"{picture.width}x{picture.height}"

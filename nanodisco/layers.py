@@ -10,9 +10,9 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad, silu
+from torch.nn.functional import pad, silu
 
-from kernels import group_norm_silu
+from kernels import UpConv2d, group_norm_silu
 from nanodisco.memo import Memo
 from nanodisco.temporal import TemporalConv
 
@@ -111,16 +111,7 @@ class Up(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = UpConv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        size = size or (2 * x.shape[2], 2 * x.shape[3])
-        return self.conv(interpolate(x, size=tuple(size), mode="nearest"))
-
-
-class ZeroConv2d(nn.Conv2d):
-    """A convolution that starts as zero: ControlNet's way of joining a trained network unnoticed."""
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
+        return self.conv(x, size or (2 * x.shape[2], 2 * x.shape[3]))

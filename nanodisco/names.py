@@ -154,8 +154,6 @@ def vae_spelling(name: str, new: bool) -> str:
 
 # CompVis (the `.ckpt` files of Stable Diffusion): blocks are numbered through instead of by level.
 
-COMPVIS_NETWORKS = {"model.diffusion_model.": "unet.", "first_stage_model.": "vae."}
-
 COMPVIS_DROPPED = re.compile(                        # known and of no use here: text encoder, EMA twin, tables
     r"^(cond_stage_model\.|model_ema\.|betas$|alphas_cumprod|sqrt_|log_one_minus_|posterior_|logvar$"
     r"|lvlb_weights$|scale_factor$|first_stage_model\.loss\.)")

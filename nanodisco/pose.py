@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from nanodisco.errors import InputError
+from nanodisco.files import natural
 
 JOINTS = ("nose", "left eye", "right eye", "left ear", "right ear", "left shoulder", "right shoulder", "left elbow",
           "right elbow", "left wrist", "right wrist", "left hip", "right hip", "left knee", "right knee",
@@ -213,7 +214,7 @@ def read(path: str | Path) -> list[Frame]:
         raise InputError(f"{path} is not there; expected a JSON file of poses") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:                                                   # of JSON, or of its text encoding
+    except (ValueError, RecursionError):                                 # of JSON, or of its text encoding
         raise InputError(f"{path} is not whole JSON; expected poses of OpenPose, DWPose, COCO or DisCo") from None
     try:
         return _frames(content, path.name)
@@ -251,7 +252,7 @@ def _coco_frames(content: dict) -> list[Frame]:
     people: dict = {image["id"]: [] for image in content["images"]}
     for item in content["annotations"]:
         people[item["image_id"]].append(_coco_person(item["keypoints"]))
-    images = sorted(content["images"], key=lambda image: image["file_name"])
+    images = sorted(content["images"], key=lambda image: natural(image["file_name"]))
     return [Frame(tuple(people[image["id"]]), _size(image["width"], image["height"]), image["file_name"])
             for image in images]
 
@@ -260,7 +261,8 @@ def _coco_results(content: list) -> list[Frame]:
     people: dict = {}
     for item in sorted(content, key=lambda item: -item.get("score", 0)):
         people.setdefault(item["image_id"], []).append(_coco_person(item["keypoints"]))
-    return [Frame(tuple(people[key]), None, str(key)) for key in sorted(people)]
+    return [Frame(tuple(people[key]), None, str(key))
+            for key in sorted(people, key=lambda key: natural(str(key)))]
 
 
 def _coco_person(numbers: list) -> np.ndarray:
@@ -333,6 +335,8 @@ def align(frames: list[Frame], reference: np.ndarray) -> list[Frame]:
     a, b = a[common], b[common]
     a_mean, b_mean = a.mean(axis=0), b.mean(axis=0)
     z = ((a - a_mean) @ (1, 1j)).conj() @ ((b - b_mean) @ (1, 1j))       # sum of conj(a) b: a turn and a scale
+    if not abs(z):
+        raise InputError("the joints of the reference, or those of the first pose, lie in one place; expected a person")
     scale = abs(z) / ((a - a_mean) ** 2).sum()
     turn = z / abs(z) * scale
     shift = b_mean - np.array([[turn.real, -turn.imag], [turn.imag, turn.real]]) @ a_mean

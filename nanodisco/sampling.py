@@ -33,12 +33,13 @@ class Step:
 
 
 def timesteps(scheduler: str, steps: int, of: int, zero_snr: bool = False) -> list[int]:
-    """At which of the `of` training steps a scheduler calls the network, in order."""
-    if zero_snr:
-        return diffusion.trailing_timesteps(steps, of)
-    if scheduler == "dpm++":
-        return diffusion.linspace_timesteps(steps, of)
-    leading = diffusion.leading_timesteps(steps, of, offset=0 if scheduler == "ddpm" else 1)
+    """At which of the `of` training steps a scheduler calls the network, in order; in brackets 10 of 1000."""
+    if zero_snr:                                                         # [999, 899, …, 99]: it has to start there
+        return [round(of - i * of / steps) - 1 for i in range(steps)]
+    if scheduler == "dpm++":                                             # [999, 899, …, 100]
+        return [round((of - 1) * i / steps) for i in range(steps, 0, -1)]
+    offset = 0 if scheduler == "ddpm" else 1                             # [901, 801, …, 1]; official: DDPM's end at 0
+    leading = [min(i * (of // steps) + offset, of - 1) for i in reversed(range(steps))]
     return leading[:2] + leading[1:] if scheduler == "pndm" else leading
 
 

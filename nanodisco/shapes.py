@@ -73,9 +73,8 @@ class Canvas:
         self.covered = np.zeros(self.pixels.shape[:2], np.float32)
         self.labels = np.zeros(self.pixels.shape[:2], np.uint8)
 
-    def paint(self, shape: Shape, colour: Colour, label: int = 0, line: float = 0.0, line_colour: Colour | None = None,
-              opacity: float = 1.0) -> None:
-        """line: width of an outline, inside of the shape, half as bright as the colour if it has none of its own."""
+    def paint(self, shape: Shape, colour: Colour, label: int = 0, line: float = 0.0, opacity: float = 1.0) -> None:
+        """line: width of an outline, inside of the shape, half as bright as the colour."""
         size = len(self.pixels)
         left, top, right, bottom = (int(np.floor(edge * size)) for edge in shape.box)
         rows, columns = slice(max(top - 1, 0), max(bottom + 2, 0)), slice(max(left - 1, 0), max(right + 2, 0))
@@ -88,7 +87,7 @@ class Canvas:
         fill = colour(x, y) if callable(colour) else colour
         if line:
             inner = np.clip(0.5 - (distance + line) * size, 0, 1)[..., None]
-            edge = fill * 0.45 if line_colour is None else line_colour
+            edge = fill * 0.45
             fill = edge + (fill - edge) * inner
         part = self.pixels[rows, columns]
         part += (fill - part) * cover[..., None]

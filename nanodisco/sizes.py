@@ -134,7 +134,8 @@ def from_config_json(files: dict[str, dict]) -> dict:
             "steps": scheduler.get("num_train_timesteps"), "beta_start": scheduler.get("beta_start"),
             "beta_end": scheduler.get("beta_end"),
             "schedule": ours.get(scheduler.get("beta_schedule"), scheduler.get("beta_schedule")),
-            "prediction": ours.get(scheduler.get("prediction_type"), scheduler.get("prediction_type"))}
+            "prediction": ours.get(scheduler.get("prediction_type"), scheduler.get("prediction_type")),
+            "zero_snr": scheduler.get("rescale_betas_zero_snr")}
     return {name: {key: value for key, value in group.items() if value is not None} for name, group in found.items()}
 
 
@@ -170,7 +171,9 @@ def to_config_json(config: ModelConfig) -> dict[str, dict]:
             "beta_schedule": SCHEDULES[diffusion.schedule], "prediction_type": PREDICTIONS[diffusion.prediction],
             **({} if diffusion.schedule == "cosine" else
                {"beta_start": diffusion.beta_start, "beta_end": diffusion.beta_end}),
-            "clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1},
+            "clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
+            **({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+               if diffusion.zero_snr else {})},
     }
 
 

@@ -7,7 +7,6 @@ convolution, and attention over all frames in each transformer block. Both start
 add nothing until they are trained. There is no positional encoding of frames. From the variant of
 DisCo (arXiv:2307.00040) with temporal modelling. Official names: `tem_conv`, `tem_attn`.
 """
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
@@ -24,6 +23,26 @@ def fold(x: Tensor) -> tuple[Tensor, int]:
 def unfold(x: Tensor, frames: int) -> Tensor:
     """(B*F, C, H, W) -> (B, C, F, H, W): the inverse of `fold` on a clip."""
     return x.unflatten(0, (-1, frames)).transpose(1, 2)
+
+
+class Zero:
+    """Of a layer that adds nothing until it is trained."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class ZeroConv1d(Zero, nn.Conv1d):
+    pass
+
+
+class ZeroConv2d(Zero, nn.Conv2d):
+    """ControlNet's way of joining a trained network unnoticed."""
+
+
+class ZeroLinear(Zero, nn.Linear):
+    pass
 
 
 class TemporalConv(nn.Module):
@@ -57,19 +76,3 @@ class TemporalAttention(nn.Module):
     def forward(self, x: Tensor, frames: int) -> Tensor:                 # (B*F, L, D) -> the same
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)      # 3 x (B*F, L, N, K)
         return self.out(temporal_attention(q, k, v, frames).flatten(2))
-
-
-class ZeroConv1d(nn.Conv1d):
-    """A convolution that starts as zero."""
-
-    def reset_parameters(self) -> None:
-        torch.nn.init.zeros_(self.weight)
-        torch.nn.init.zeros_(self.bias)
-
-
-class ZeroLinear(nn.Linear):
-    """A linear layer that starts as zero."""
-
-    def reset_parameters(self) -> None:
-        torch.nn.init.zeros_(self.weight)
-        torch.nn.init.zeros_(self.bias)

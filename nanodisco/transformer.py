@@ -129,10 +129,11 @@ class TransformerBlock(nn.Module):
 
     def _look_at_tokens(self, x: Tensor, context: Context) -> Tensor:
         # (B*F, L, D) -> (B*F or context.rows, L, D)
-        if 0 < len(x) < context.rows - context.blind:
+        seeing = (context.rows or len(x)) - context.blind                # the first `blind` rows see no tokens
+        if len(x) < seeing:                                              # one half so far: here they part
             x = x.repeat(context.rows // len(x), 1, 1)
-        seen = self.cross_attn(x[context.blind - context.rows:], context.tokens)    # the last rows; all are there or
-        if not context.blind:                                                       # only these: the halves are alike
+        seen = self.cross_attn(x[-seeing:], context.tokens)              # of all rows, or of the half that there is
+        if not context.blind:
             return seen
         unseen = self.cross_attn.out.bias.to(seen.dtype).expand(context.blind, *seen.shape[1:])
         return torch.cat([unseen, seen])

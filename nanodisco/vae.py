@@ -3,7 +3,7 @@
     encode   x (B, 3, H, W) in [-1, 1] -> a normal distribution over latents (B, C, H/f, W/f)
     decode   z (B, C, h, w) -> (B, 3, h*f, w*f), about [-1, 1]
 
-f = 2^(levels - 1): 8 for SD. Networks work on latents times `scaling` (0.18215 for SD), which gives
+f = stem 2^(levels - 1): 8 for SD. Networks work on latents times `scaling` (0.18215 for SD), which gives
 them a variance near one: `to_latent` and `to_picture` apply it. Official name: `AutoencoderKL`.
 """
 from dataclasses import dataclass

@@ -2,8 +2,6 @@
 
 Everything streams, one frame at a time, and every file appears whole or not at all.
 """
-import os
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +10,9 @@ import numpy as np
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
 from nanodisco.errors import InputError
-from nanodisco.files import appearing
+from nanodisco.files import appearing, natural, replacing
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-VIDEOS = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi", ".mpg", ".mpeg")
 Frame = np.ndarray
 
 
@@ -42,22 +39,10 @@ def picture(path: str | Path) -> Image.Image:
         raise InputError(f"{path} is damaged or cannot be read ({error})") from None
 
 
-def natural(path: Path) -> list:
-    """A sorting key by which frame2 comes before frame10."""
-    return [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", path.name)]
-
-
 def save(path: str | Path, frame: Frame) -> None:
     """One picture file; an existing one is replaced."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        Image.fromarray(frame).save(beside, format="PNG")
-        os.replace(beside, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as place:
+        Image.fromarray(frame).save(place, format="PNG")
 
 
 def files(folder: str | Path, suffixes: tuple[str, ...] = PICTURES) -> list[Path]:
@@ -67,7 +52,7 @@ def files(folder: str | Path, suffixes: tuple[str, ...] = PICTURES) -> list[Path
                  if path.suffix.lower() in suffixes and not path.name.startswith(".")]
     except OSError as error:
         raise InputError(f"{folder} cannot be read: {error.strerror}") from None
-    return sorted(found, key=natural)
+    return sorted(found, key=lambda path: natural(path.name))
 
 
 def read(path: str | Path) -> Iterator[Frame]:
@@ -78,8 +63,11 @@ def read(path: str | Path) -> Iterator[Frame]:
             yield np.array(picture(file).convert("RGB"))
     elif path.suffix.lower() in (".gif", ".webp", ".png"):
         picture(path)                                                    # whatever is wrong with it is said there
-        with Image.open(path) as animation:
-            yield from (np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(animation))
+        try:
+            with Image.open(path) as animation:
+                yield from (np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(animation))
+        except (OSError, ValueError, SyntaxError) as error:              # of a later frame
+            raise InputError(f"{path} is damaged or cannot be read ({error})") from None
     else:
         yield from _decode(path)
 
@@ -144,21 +132,13 @@ def _mp4(path: Path, fps: float) -> Iterator[Callable[[Frame], None]]:
         container.mux(stream.encode(picture))
 
     try:
-        yield write
-        if container is not None:
-            container.mux(stream.encode(None))
-    except av.FFmpegError as error:
-        raise OSError(error.errno, error.strerror) from None
-    finally:
-        if container is not None:
-            _close(container)
-
-
-def _close(container) -> None:
-    import av
-
-    try:
-        container.close()                                                # writes the index; a full disk fails here too
+        try:
+            yield write
+            if container is not None:
+                container.mux(stream.encode(None))
+        finally:
+            if container is not None:
+                container.close()                                        # writes the index; a full disk fails here too
     except av.FFmpegError as error:
         raise OSError(error.errno, error.strerror) from None
 

@@ -1,6 +1,7 @@
 """python -m nanodisco.convert: what a user types, sees, and gets for bad input."""
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from nanodisco.config import to_dict
 from nanodisco.errors import run
 from test_weights import (assert_same_tensors, assert_same_weights, quiet, write_checkpoint, write_compvis,
                           write_sd_folder)
+
+NANO = Path(__file__).parent.parent / "weights" / "nano"
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +181,14 @@ def test_a_video_model_for_diffusers(refused, tmp_path):
     weights.write_folder(tmp_path / "video", model("temporal").state_dict(), model("temporal").config)
     assert "which diffusers has no layout for" in refused("export", tmp_path / "video", "--to", "diffusers", "--out",
                                                           tmp_path / "out")
+
+
+def test_a_vae_of_ours_for_diffusers(refused, tmp_path):
+    assert "diffusers has no layout for" in refused("export", NANO, "--to", "diffusers", "--out", tmp_path / "out")
+
+
+def test_a_size_of_files_that_makes_no_sense(refused, tmp_path, sd):
+    assert "--at-most -1" in refused("import", sd, "--out", tmp_path / "ours", "--at-most", "-1")
 
 
 def test_a_place_where_nothing_can_be_written(refused, tmp_path, sd):

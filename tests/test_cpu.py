@@ -1,12 +1,16 @@
 """Prepacked layers for the CPU: the same numbers."""
 import copy
+from mmap import PAGESIZE
+from pathlib import Path
 
 import pytest
 import torch
 from formula import build, given, golden
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
-from kernels import GEGLU, cpu
+from kernels import GEGLU, UpConv2d, cpu
 from nanodisco.loading import for_inference
 
 RUNS = golden("image/modules.safetensors")
@@ -18,7 +22,7 @@ available = pytest.mark.skipif(bool(cpu.unavailable(torch.float32)), reason="thi
 @pytest.mark.parametrize("layer, shape", [
     (nn.Conv2d(8, 16, 3, padding=1), (2, 8, 9, 7)),
     (nn.Conv2d(8, 16, 3, padding=1), (1, 8, 40, 30)), (nn.Conv2d(8, 8, 3, stride=2), (1, 8, 33, 33)),
-    (nn.Conv2d(4, 40, 1), (3, 4, 5, 6)), (nn.Linear(24, 40), (2, 5, 24)),
+    (nn.Conv2d(4, 40, 1), (3, 4, 5, 6)), (nn.Conv2d(8, 8, 1, stride=2), (3, 8, 5, 6)), (nn.Linear(24, 40), (2, 5, 24)),
     (nn.Linear(24, 40, bias=False), (7, 24)), (GEGLU(24, 40), (2, 5, 24)),
     (nn.Conv2d(256, 264, 3, padding=1), (1, 256, 11, 13)),
     (nn.Conv2d(256, 256, 3, padding=1, bias=False), (2, 256, 12, 6))], ids=str)
@@ -68,11 +72,51 @@ def test_packed_model_gives_the_official_residuals_and_output():
 def test_every_convolution_and_linear_of_the_networks_is_packed():
     net = for_inference(build("image"), "cpu")
     for part in (net.unet, net.pose, net.background, net.vae):
-        assert not [layer for layer in part.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+        packed = {layer.plain for layer in part.modules() if isinstance(layer, cpu.PackedUpConv2d)}
+        assert not {layer for layer in part.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))} - packed
+
+
+@available
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("size", [(10, 14), (9, 14), (5, 7)])
+def test_packed_enlargement_gives_the_plain_answer(size, dtype, close):
+    torch.manual_seed(0)
+    layer, x = UpConv2d(8, 16, 3, padding=1).to(dtype).requires_grad_(False), torch.randn(2, 8, 5, 7).to(dtype)
+    net, wanted = nn.Sequential(layer), layer(x, size)
+    cpu.prepack(net)
+    for _ in range(2):
+        got = net[0](x, size)
+        assert got.shape == wanted.shape and (got - wanted).abs().max() <= close * wanted.abs().max()
+
+
+@available
+def test_weights_of_a_file_leave_memory_once_they_are_packed_and_can_still_be_read(tmp_path):
+    save_file({"weight": torch.randn(2**11, 2**11)}, tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        weight = file.get_tensor("weight")
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[2]) * PAGESIZE           # pages of files
+    net = nn.Sequential(nn.Linear(2**11, 2**11, bias=False)).requires_grad_(False)
+    net[0].weight.data = weight
+    cpu.prepack(net)
+    total, before = weight.sum(), resident()
+    net(torch.ones(1, 2**11))
+    assert net[0].of_a_file and resident() < before - 0.9 * weight.nbytes
+    assert weight.sum() == total
+
+
+@available
+def test_weights_without_a_file_stay_in_memory():
+    net = nn.Sequential(nn.Linear(2**11, 2**11, bias=False)).requires_grad_(False)
+    weight, total = net[0].weight.data, net[0].weight.sum()
+    cpu.prepack(net)
+    net(torch.ones(1, 2**11))
+    assert not isinstance(net[0].weight, nn.Parameter) and weight.sum() == total
 
 
 def test_without_the_operations_the_model_stays_and_that_is_said(monkeypatch):
-    monkeypatch.setattr(cpu, "PackedLinear", lambda layer: torch.ops.mkldnn.no_such_operation)
+    monkeypatch.setattr(cpu, "PackedLinear", lambda layer, files=(): torch.ops.mkldnn.no_such_operation)
     said = []
     net = for_inference(build("image"), "cpu", said.append)
     assert "no_such_operation" in said[0] and isinstance(net.unet.conv_out, nn.Conv2d)

@@ -1,6 +1,5 @@
 """Layers and the operations under them, each against its formula in float64."""
 import math
-import sys
 
 import pytest
 import torch
@@ -8,7 +7,7 @@ from reference import SAME, normal, randomised
 from torch.nn.functional import group_norm, silu
 from torch.testing import assert_close
 
-from kernels import attention, geglu, group_norm_silu, temporal_attention
+from kernels import attention, attention_cpu, geglu, group_norm_silu, temporal_attention
 from kernels.attention import attention_reference
 from nanodisco.layers import Down, GroupNormSiLU, ResBlock, Up, time_features
 from nanodisco.temporal import TemporalAttention, TemporalConv, fold, unfold
@@ -58,18 +57,37 @@ def test_attention_in_bfloat16_is_torchs_own_where_there_is_nothing_to_multiply_
     q, k, v = (normal(2, rows, 3, 8, seed=i).bfloat16() for i, rows in enumerate((5, 9, 9)))
     assert attention_reference(q[:0], k[:0], v[:0]).shape == (0, 5, 3, 8)
     assert torch.equal(attention_reference(q, k[:, :0], v[:, :0]), torch.zeros_like(q))
-    monkeypatch.setattr(sys.modules["kernels.attention"], "_multiplies_bfloat16", lambda: False)
-    monkeypatch.setattr(sys.modules["kernels.attention"], "_by_products", None)
+    monkeypatch.setattr(attention_cpu, "in_bfloat16", None)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert attention_reference(q, k, v).shape == q.shape
 
 
-def test_attention_in_bfloat16_on_a_cpu_is_whole_from_parts(monkeypatch):
-    q, k, v = (normal(2, rows, 3, 8, seed=i).bfloat16() for i, rows in enumerate((50, 9, 9)))
-    with torch.no_grad():
-        whole = attention_reference(q, k, v)
-        monkeypatch.setattr(sys.modules["kernels.attention"], "AT_ONCE", 500)
-        parts = attention_reference(q, k, v)
-    assert (parts - whole).norm() <= 6e-3 * whole.norm() and parts.is_contiguous()
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)], ids=str)
+def test_attention_for_inference_on_a_cpu_is_whole_from_parts(dtype, close, monkeypatch):
+    q, k, v = (normal(2, rows, 3, 32, seed=i).to(dtype) for i, rows in enumerate((attention_cpu.LONG, 9, 9)))
+    whole = attention_reference(q, k, v)
+    monkeypatch.setattr(attention_cpu, "AT_ONCE", 500)
+    parts = attention_reference(q, k, v)
+    assert (parts - whole).norm() <= close * whole.norm() and parts.is_contiguous()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 100], ids=["small scores", "large scores"])
+@pytest.mark.parametrize("L, M, N, K", [(1024, 257, 2, 40), (1024, 1, 1, 32), (1500, 300, 1, 41)])
+def test_attention_in_float32_on_a_cpu_is_its_formula(L, M, N, K, size, monkeypatch):
+    monkeypatch.setattr(attention_cpu, "scaled_dot_product_attention", None)
+    q, k, v = (normal(1, rows, 3, N, K).float()[:, :, i] for i, rows in enumerate((L, M, M)))
+    wanted = naive_attention(size * q, k, v)
+    assert (attention_reference(size * q, k, v) - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@torch.no_grad()
+def test_attention_in_bfloat16_is_whole_where_one_key_outshines_those_that_were_looked_at():
+    q, k, v = (normal(1, rows, 1, 8, seed=i).bfloat16() for i, rows in enumerate((5, 20, 20)))
+    k[:, 3] = 500 * q[:, 0]                               # 2^X is infinite for query 0: keys 0, 8, 16 do not know of it
+    got = attention_reference(q, k, v)
+    assert torch.equal(got[:, 0], v[:, 3]) and got.isfinite().all()
 
 
 def test_attention_reads_packed_inputs():

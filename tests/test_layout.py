@@ -11,8 +11,9 @@ ROOT = Path(__file__).parent.parent
 ROWS = [                               # a file imports only from rows above its own; the order to read them in, too
     ["kernels"],
     ["errors"],
-    ["config", "distributed", "files", "graph", "lora", "memo", "metrics", "muon", "names", "pose", "shapes",
-     "temporal", "transforms", "tsv", "unpickle"],
+    ["config", "distributed", "files", "graph", "lora", "memo", "metrics", "muon", "names", "shapes", "temporal",
+     "transforms", "tsv", "unpickle"],
+    ["pose"],
     ["crops", "diffusion", "estimate", "layers", "recipe", "rooms", "sizes", "transformer", "video"],
     ["clip", "dancers", "inputs", "optim", "sampling", "vae", "weights"],
     ["checkpoint", "data", "datasets", "unet"],

@@ -116,8 +116,17 @@ def test_coco_results_are_frames_in_order_with_the_surest_person_first(tmp_path)
     assert [frame.name for frame in frames] == ["1", "2"] and np.array_equal(frames[0].people[0], person(2))
 
 
+@pytest.mark.parametrize("names", [["frame10", "frame2", "²"], ["10.png", "9.png"]], ids=str)
+def test_frames_of_coco_are_in_natural_order(tmp_path, names):
+    images = [{"id": i, "file_name": name, "width": 9, "height": 9} for i, name in enumerate(names)]
+    results = [{"image_id": name, "keypoints": person(0).ravel().tolist()} for name in names]
+    wanted = sorted(names, key=lambda name: int("".join(filter(str.isdecimal, name)) or 99))
+    assert [frame.name for frame in read(tmp_path, {"images": images, "annotations": []})] == wanted
+    assert [frame.name for frame in read(tmp_path, results)] == wanted
+
+
 @pytest.mark.parametrize("content, words", [
-    ("[{", "not whole JSON"), ("7", "holds no poses"), ({"persons": []}, "holds no poses"),
+    ("[{", "not whole JSON"), ("[" * 100_000, "not whole JSON"), ("7", "holds no poses"), ({"persons": []}, "holds no poses"),
     ([{"keypoints": [[1, 2, 3]] * 16}], "48 numbers"), ([{"keypoints": [[1, 2, "x"]] * 17}], "holds no poses"),
     ([{"keypoints": [[1e6, 2, 1]] * 17}], "a joint at 1000000 pixels"),
     ({"people": [], "canvas_width": 0, "canvas_height": 9}, "a frame of 0 x 9"),
@@ -152,3 +161,11 @@ def test_alignment_leaves_missing_joints_missing_and_needs_five_common_ones():
     assert (moved.people[0][9] == -1).all()
     with pytest.raises(InputError, match="share 4 joints"):
         pose.align([Frame((person(3),))], person(3, missing=range(4, 17)))
+
+
+def test_alignment_needs_joints_in_more_than_one_place():
+    one_place = person(3)
+    one_place[:, :2] = 50
+    for first, reference in ((person(3), one_place), (one_place, person(3))):
+        with pytest.raises(InputError, match="in one place"):
+            pose.align([Frame((first,))], reference)

@@ -1,4 +1,6 @@
 """Frames to and from files."""
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -59,6 +61,15 @@ def test_a_video_that_is_broken_off_leaves_nothing(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["a.gif", "a.webp"])
+def test_an_animation_that_was_not_copied_whole_is_refused(tmp_path, name):
+    noise = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
+    path = write(tmp_path / name, noise)
+    path.write_bytes(path.read_bytes()[:-len(path.read_bytes()) // 3])
+    with pytest.raises(InputError, match="is damaged"):
+        list(video.read(path))
+
+
 def test_a_video_without_frames_is_refused(tmp_path):
     with pytest.raises(InputError, match="no frame to write"):
         write(tmp_path / "a.mp4", [])
@@ -103,7 +114,7 @@ def test_saving_replaces_a_picture_and_leaves_no_other_file(tmp_path):
 def test_a_picture_that_is_broken_off_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(*given):
         raise KeyboardInterrupt
-    monkeypatch.setattr(video.os, "replace", interrupted)
+    monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         video.save(tmp_path / "a.png", FLAT[0])
     assert not list(tmp_path.iterdir())

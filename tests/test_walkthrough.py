@@ -14,7 +14,8 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import attention, group_norm_silu
-from nanodisco import dancers, diffusion, optim, pose, sampling, shapes, temporal, transformer, transforms, unet, vae
+from nanodisco import (dancers, diffusion, guidance, optim, pose, sampling, shapes, temporal, transformer, transforms,
+                       unet, vae)
 from nanodisco.config import ModelConfig, load
 from nanodisco.controlnet import ControlNet
 from nanodisco.disco import Conditions, DisCo
@@ -541,6 +542,22 @@ def test_folding_two_parts_is_exact_where_the_difference_of_squares_is_not():
     wanted = x.double().var(correction=0)
     naive = (x ** 2).mean() - x.mean() ** 2
     assert abs(folded / wanted - 1) < 5e-7 < 5e-5 < abs(naive / wanted - 1)
+
+
+def test_the_pictures_of_each_stage_are_those_of_its_recipe():
+    made = {}
+    for name in ("vae", "decoder", "pretrain", "finetune_cfg", "temporal", "human_specific"):
+        recipe = yaml.safe_load((ROOT / "config" / "nano" / f"{name}.yaml").read_text())
+        made[name] = recipe["train"]["steps"] * recipe["train"]["batch"] * recipe["data"].get("frames", 1)
+    made["vae"] += made.pop("decoder")
+    written = {int(cell.replace(",", "")) for line in ROWS if len(line.split("|")) == 12
+               for cell in line.split("|")[2:3] if re.fullmatch(r"[\d,]+", cell.strip())}
+    assert written == {0, *made.values()}
+
+
+def test_the_memory_of_a_long_clip_is_as_written():
+    says("Sampling", f"up to {guidance.KEPT // (3 * 16 * 256 ** 2)} windows of 16",
+         f"(10,000 frames of 256 × 256 are {10_000 * 3 * 256 ** 2 / 1e9:.0f} GB)")
 
 
 # ---- Links and form ----------------------------------------------------------------------------------
