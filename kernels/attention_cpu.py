@@ -14,15 +14,17 @@ from torch import Tensor
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 
 AT_ONCE = 2**22                        # scores at a time, so that they stay in the processor's cache
-LONG, WIDE = 1024, 32                  # queries and width of a head, from which on float32 is faster this way
+MANY = 2**19                           # scores from which on bfloat16 is faster this way
+LONG, WIDE = 1024, 32                  # queries and width of a head, from which on float32 is
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The fastest there is here for inference.   (B, N, L, K), 2 x (B, N, M, K) -> (B, N, L, K)"""
-    if q.numel() and k.numel() and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
-        if q.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and k.numel():
+        many, large = q[..., 0].numel() * k.shape[2] >= MANY, q.shape[2] >= LONG and q.shape[3] >= WIDE
+        if q.dtype == torch.bfloat16 and many and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return in_bfloat16(q, k, v)
-        if q.dtype == torch.float32 and q.shape[2] >= LONG and q.shape[3] >= WIDE and multiplies_float32():
+        if q.dtype == torch.float32 and large and multiplies_float32():
             return in_float32(q, k, v)
     return scaled_dot_product_attention(q, k, v)
 

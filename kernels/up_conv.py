@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear, pad
 
-PARTS = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])   # of the even and the odd output: (2, 2, 3)
-
 
 class UpConv2d(nn.Conv2d):
     """Any size by nearest neighbour, then a convolution.   (B, C_in, H, W) -> (B, C_out, *size)"""
@@ -24,12 +22,14 @@ class UpConv2d(nn.Conv2d):
         return super().forward(interpolate(x, size=tuple(size), mode="nearest"))
 
 
-def part_weights(weight: Tensor) -> Tensor:
-    """What each of the four kinds of outputs multiplies its 2 x 2 pixels by.   (O, C, 3, 3) -> (4, O, 4 C)"""
-    precise = torch.promote_types(weight.dtype, torch.float32)
-    parts = PARTS.to(precise)
-    four = torch.einsum("aim,ocmn,bjn->aboijc", parts, weight.to(precise), parts)
-    return four.flatten(3).flatten(0, 1).to(weight.dtype)
+def part_weights(weight: Tensor) -> list[Tensor]:
+    """What each of the four kinds of outputs multiplies its 2 x 2 pixels by.   (O, C, 3, 3) -> 4 of (O, 4 C)"""
+    def even_and_odd(w: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        first, middle, last = w.unbind(axis)
+        return torch.stack([first, middle + last], axis), torch.stack([first + middle, last], axis)
+
+    precise = weight.permute(0, 2, 3, 1).to(torch.promote_types(weight.dtype, torch.float32))
+    return [part.flatten(1).to(weight.dtype) for rows in even_and_odd(precise, 1) for part in even_and_odd(rows, 2)]
 
 
 def up_conv(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None,
