@@ -6,12 +6,11 @@ import argparse
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 from nanodisco.errors import InputError, run
-from nanodisco.files import appearing
-
-COLUMNS = ("psnr", "ssim", "iou", "colour", "shirt_legs", "background", "hole")
+from nanodisco.files import appearing, refuse_existing
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,6 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     for flag, low, high in (("count", 1, 10**5), ("steps", 1, 1000), ("seed", 0, 899), ("size", 8, 1024)):
         if not low <= getattr(given, flag) <= high:
             raise InputError(f"--{flag} {getattr(given, flag)}; expected {low} to {high}")
+    if not 0 <= given.cfg < math.inf:
+        raise InputError(f"--cfg {given.cfg}; expected 0 or more")
     if given.person is not None and (given.stranger or given.person < 0):
         raise InputError("--person: expected a number from 0, and no --stranger beside it")
     if given.stranger and given.count < 2:
@@ -46,15 +47,15 @@ def main(argv: list[str] | None = None) -> None:
     if not Path(given.weights).exists():
         raise InputError(f"{given.weights} is not there; expected a folder of weights, such as RUN/last of train.py")
     for path in filter(None, (given.json, given.pictures)):
-        if Path(path).exists():
-            raise InputError(f"{path} is already there; remove it or choose another name")
+        refuse_existing(path)
     from tqdm import tqdm
 
-    from nanodisco import dance, judge
+    from nanodisco import judge
+    from nanodisco.distributed import device_of
     from nanodisco.loading import for_inference, load, refuse_unfinished
     refuse_unfinished(given.weights)
-    model = load(given.weights, say=lambda text: print(text, file=sys.stderr))
-    model = for_inference(model, dance.device_of(given.device))
+    say = partial(print, file=sys.stderr)
+    model = for_inference(load(given.weights, say=say), device_of(given.device), say)
     factor = model.config.vae.factor
     if given.size % factor:
         raise InputError(f"--size {given.size}; expected a multiple of {factor}, the latent factor of these weights")
@@ -62,20 +63,19 @@ def main(argv: list[str] | None = None) -> None:
     of = judge.pairs(given.count, given.seed, given.size, int(given.stranger), given.person, same)
     with tqdm(total=len(of), unit="picture", disable=None) as bar:
         made = judge.imagined(model, of, given.steps, given.cfg, given.seed, bar.update)
-    rows = {"": judge.scores(made, of), "copy.": judge.scores(judge.copied(of), of),
-            "ceiling.": judge.scores(judge.through_vae(model, of), of)}
-    print(f"{'':10}" + "".join(f"{column:>11}" for column in COLUMNS))
-    for name, row in zip(("ours", "copy", "ceiling"), rows.values()):
-        print(f"{name:10}" + "".join(f"{'–':>11}" if math.isnan(row[column]) else f"{row[column]:11.3f}"
-                                    for column in COLUMNS))
-    if given.pictures:
-        judge.write_sheet(Path(given.pictures), judge.sheet(made[:16], of[:16], not same))
+    rows = {"ours": judge.scores(made, of), "copy": judge.scores(judge.copied(of), of),
+            "ceiling": judge.scores(judge.through_vae(model, of), of)}
+    print(f"{'':10}" + "".join(f"{column:>11}" for column in rows["ours"]))
+    for name, row in rows.items():
+        print(f"{name:10}" + "".join(f"{'–':>11}" if math.isnan(value) else f"{value:11.3f}" for value in row.values()))
     if given.json:
-        found = {prefix + column: None if math.isnan(row[column]) else row[column]
-                 for prefix, row in rows.items() for column in COLUMNS}
+        found = {("" if name == "ours" else f"{name}.") + column: None if math.isnan(value) else value
+                 for name, row in rows.items() for column, value in row.items()}
         found |= {name: getattr(given, name) for name in ("count", "steps", "cfg", "seed", "stranger", "person")}
         with appearing(given.json) as place:
             place.write_text(json.dumps(found, indent=1))
+    if given.pictures:
+        judge.write_sheet(Path(given.pictures), judge.sheet(made[:16], of[:16], not same))
 
 
 if __name__ == "__main__":

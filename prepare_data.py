@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from nanodisco.errors import InputError, run
+from nanodisco.files import refuse_existing
 
 SPLITS = ("train", "held-out")
 FORMATS = ("folder", "tsv", "example")
@@ -35,8 +36,7 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"--{flag} {value}; expected {low} to {high}")
     if given.format == "example" and given.clips != 3:
         raise InputError(f"--clips {given.clips}; expected 3 with --format example")
-    if Path(given.out).exists():
-        raise InputError(f"{given.out} is already there; remove it or choose another --out")
+    refuse_existing(given.out)
     from tqdm import tqdm
 
     from nanodisco import dancers, datasets

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     import torch                                                         # slow, so only when the recipe is sound
 
     from kernels import cpu
-    from nanodisco import checkpoint, data, lora, optim, start, validation
+    from nanodisco import checkpoint, data, optim, start, validation
     from nanodisco.distributed import World
 
     world, t, folder = World.join(given.device), recipe.train, Path(recipe.out)
@@ -48,17 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     model = start.model(recipe, say).to(world.device)
     if world.device != "cpu":
         model = model.to(memory_format=torch.channels_last)
-    names = [name for name, _ in model.named_parameters()]
-    if recipe.stage != "diffusion":
-        names = [name for name in names if name.startswith(start.VAE_PARTS[recipe.stage])]
-    else:
-        names = optim.trainable(names, t.unet, t.freeze_pose, t.freeze_background, t.only_pose, t.substring_fault,
-                                t.clip)
-    if t.lora_rank:
-        names = lora.add(model, names, t.lora_rank, t.seed)
-    parameters = optim.select(model, names)
-    if not parameters:
-        raise InputError(f"{given.recipe}: nothing is left to train; see train.unet, train.only_pose, train.freeze_…")
+    parameters = start.trainable(model, recipe)
     with_pose = recipe.stage == "diffusion" and model.pose is not None
     dataset = data.Training(recipe.data, model.config.clip, with_pose, t.seed)
     steps = t.steps or t.epochs * max(len(dataset) // t.batch, 1)
@@ -100,6 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         # run that goes on would differ in its last bits
         network = torch.nn.parallel.DistributedDataParallel(network, find_unused_parameters=True)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(t.precision)
+    autocast = partial(torch.autocast, world.device.split(":")[0], dtype, enabled=dtype is not None)
     began, first = time.perf_counter(), state.step
     log = validation.Log(folder, recipe, state.step) if world.rank == 0 else None
 
@@ -120,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
             rows = slice(part.start, part.stop)
             own = start.rows(draws, (share.start + part.start) % whole, len(part))
             with nullcontext() if last or world.size == 1 else network.no_sync():
-                with torch.autocast(world.device.split(":")[0], dtype, enabled=dtype is not None):
+                with autocast():
                     error = network({name: x[rows] for name, x in samples.items()}, own) * weight
                 scaled = error * world.size                              # several processes: the gradients are averaged
                 (scaler.scale(scaled) if scaler else scaled).backward()
@@ -155,8 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         stopped = time.perf_counter()
         if t.validate_every and (state.step % t.validate_every == 0 or state.step == steps):
             if world.rank == 0:
-                with (average.shown(model) if average else nullcontext(),
-                      torch.autocast(world.device.split(":")[0], dtype, enabled=dtype is not None)):
+                with average.shown(model) if average else nullcontext(), autocast():
                     scores = validation.validate(model, recipe, folder / f"validation/step-{state.step:07}.png")
                 log.write({"step": state.step} | scores)
             world.wait()

@@ -10,7 +10,6 @@ What a step draws follows from (seed, step), so no state of random generators is
 """
 import fcntl
 import json
-import os
 import re
 import shutil
 import zlib
@@ -28,7 +27,7 @@ from torch import nn
 from nanodisco import lora, weights
 from nanodisco.config import ModelConfig
 from nanodisco.errors import InputError
-from nanodisco.files import appearing
+from nanodisco.files import appearing, replacing, write_text
 from nanodisco.optim import Average, remembered
 
 CHECKED = ("model.safetensors", "config.yaml", "training.safetensors")
@@ -54,12 +53,8 @@ def save(run: Path, state: State, config: ModelConfig, about: dict, keep: int = 
     if place.exists():                                                   # damaged, or it would have been gone on from
         shutil.rmtree(place)
     with appearing(place) as folder:
-        folder.mkdir()
         shown = lora.merged(state.model.state_dict() | (state.average.tensors if state.average else {}))
-        weights.write_folder(folder / "model", shown, config)
-        for name in ("model.safetensors", "config.yaml"):
-            os.rename(folder / "model" / name, folder / name)
-        (folder / "model").rmdir()
+        weights.write_folder(folder, shown, config)
         _write_tensors(folder / "training.safetensors", state)
         about = {"step": state.step, "scaler": state.scaler.state_dict() if state.scaler else None} | about
         about["checksums"] = {name: checksum(folder / name) for name in CHECKED}
@@ -89,10 +84,8 @@ def _write_tensors(path: Path, state: State) -> None:
 
 def point(run: Path, place: Path) -> None:
     """Let RUN/last be this checkpoint."""
-    beside = run / f".last.{os.getpid()}"
-    beside.unlink(missing_ok=True)
-    beside.symlink_to(place.name)
-    os.replace(beside, run / "last")
+    with replacing(run / "last") as beside:
+        beside.symlink_to(place.name)
 
 
 def checksum(path: Path) -> str:
@@ -145,11 +138,9 @@ def restore(place: Path, about: dict, state: State) -> None:
         for name, tensor in state.average.tensors.items() if state.average else ():
             tensor.copy_(training[f"average.{name}"] if lora.belongs(name) else model[name])
     for name, parameter in state.named().items():
-        kept = {key.partition(".")[0]: value for key, value in training.items()
-                if key.partition(".")[2] == name and not key.startswith(("weight.", "average."))}
         room = remembered(state.optimizer, parameter)
-        if kept.keys() == room.keys():                                   # else another optimizer's
-            state.optimizer.state[parameter] = {key: tensor.copy_(kept[key]) for key, tensor in room.items()}
+        if all(f"{key}.{name}" in training for key in room):             # else they are another optimizer's
+            state.optimizer.state[parameter] = {key: x.copy_(training[f"{key}.{name}"]) for key, x in room.items()}
     if state.scaler and about["scaler"]:
         state.scaler.load_state_dict(about["scaler"])
     state.step = about["step"]
@@ -173,9 +164,8 @@ def tidy(run: Path) -> None:
     """Remove what a killed process has left half-written."""
     for place in run.glob(".step-*"):
         shutil.rmtree(place, ignore_errors=True)
-    for pattern in (".last.*", ".loss.png.part", ".log.jsonl.*", "validation/.*.part"):
-        for path in run.glob(pattern):
-            path.unlink(missing_ok=True)
+    for path in run.rglob(".*.part"):
+        path.unlink(missing_ok=True)
 
 
 def cut_log(log: Path, step: int) -> None:
@@ -183,9 +173,7 @@ def cut_log(log: Path, step: int) -> None:
     if log.exists():
         lines = [line for line in log.read_text().splitlines(keepends=True)
                  if line.endswith("\n") and json.loads(line)["step"] <= step]
-        beside = log.with_name(f".{log.name}.{os.getpid()}")
-        beside.write_text("".join(lines))
-        os.replace(beside, log)
+        write_text(log, "".join(lines))
 
 
 def differences(old: dict, new: dict, where: str = "") -> list[str]:

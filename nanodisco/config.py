@@ -6,11 +6,14 @@ tensors (sizes.py). YAML keys are the field names; an unknown one is refused wit
 
     config = load("config/model/sd-image-variations.yaml", ModelConfig, ["--unet.temporal=true"])
 """
+import copy
 import dataclasses
 import difflib
+import json
 import math
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,55 +103,50 @@ class ModelConfig:
         unet, clip, diffusion = self.unet, self.clip, self.diffusion
         for group in ("unet", "vae", "clip", "diffusion", "pose", "background"):
             _require_positive_sizes(group, getattr(self, group))
-        _require(unet.widths[0] % 2 == 0, "unet.widths", f"begins with {unet.widths[0]}; the time embedding needs "
-                 "an even number: half of it cosines, half sines")
-        _require(len(unet.widths) == len(unet.attention), "unet.attention",
-                 f"has {len(unet.attention)} entries, unet.widths {len(unet.widths)}: give one a level")
-        for width in unet.widths:
-            _require(width % unet.groups == 0, "unet.widths",
-                     f"{width} is not divisible by unet.groups {unet.groups}")
-            _require(width % unet.heads == 0, "unet.widths",
-                     f"{width} is not divisible by unet.heads {unet.heads}")
-        for width in self.vae.widths:
-            _require(width % self.vae.groups == 0, "vae.widths",
-                     f"{width} is not divisible by vae.groups {self.vae.groups}")
-        _require(self.vae.channels == unet.channels, "unet.channels",
-                 f"is {unet.channels}, but the VAE's latent has {self.vae.channels}")
-        _require(clip.width % clip.heads == 0, "clip.width",
-                 f"{clip.width} is not divisible by clip.heads {clip.heads}")
-        _require(clip.image_size % clip.patch == 0, "clip.image_size",
-                 f"{clip.image_size} is not divisible by clip.patch {clip.patch}")
-        _one_of("clip.activation", clip.activation, ("quick_gelu", "gelu"))
-        _one_of("tokens", self.tokens, ("local", "local-clip", "global"))
-        _require(len(self.size) == 2 and min(self.size) > 0, "size", f"is {list(self.size)}; expected width, height")
-        _one_of("uncond", self.uncond, ("zeros", "clip-zero"))
-        _one_of("diffusion.schedule", diffusion.schedule, ("scaled_linear", "linear", "cosine"))
-        _one_of("diffusion.prediction", diffusion.prediction, ("epsilon", "v"))
-        _require(diffusion.prediction == "v" or not diffusion.zero_snr, "diffusion.zero_snr",
-                 "needs diffusion.prediction: v (epsilon says nothing about a step without signal)")
-        _require(self.tokens == "local" or clip.projection == unet.context, "unet.context",
-                 f"is {unet.context}, but tokens={self.tokens} have CLIP's width {clip.projection}")
+        require(unet.widths[0] % 2 == 0, "unet.widths", f"begins with {unet.widths[0]}; the time embedding needs "
+                "an even number: half of it cosines, half sines")
+        require(len(unet.widths) == len(unet.attention), "unet.attention",
+                f"has {len(unet.attention)} entries, unet.widths {len(unet.widths)}: give one a level")
+        for field, sizes, by, parts in (("unet.widths", unet.widths, "unet.groups", unet.groups),
+                                        ("unet.widths", unet.widths, "unet.heads", unet.heads),
+                                        ("vae.widths", self.vae.widths, "vae.groups", self.vae.groups),
+                                        ("clip.width", [clip.width], "clip.heads", clip.heads),
+                                        ("clip.image_size", [clip.image_size], "clip.patch", clip.patch)):
+            for size in sizes:
+                require(size % parts == 0, field, f"{size} is not divisible by {by} {parts}")
+        require(self.vae.channels == unet.channels, "unet.channels",
+                f"is {unet.channels}, but the VAE's latent has {self.vae.channels}")
+        one_of("clip.activation", clip.activation, ("quick_gelu", "gelu"))
+        one_of("tokens", self.tokens, ("local", "local-clip", "global"))
+        require(len(self.size) == 2 and min(self.size) > 0, "size", f"is {list(self.size)}; expected width, height")
+        one_of("uncond", self.uncond, ("zeros", "clip-zero"))
+        one_of("diffusion.schedule", diffusion.schedule, ("scaled_linear", "linear", "cosine"))
+        one_of("diffusion.prediction", diffusion.prediction, ("epsilon", "v"))
+        require(diffusion.prediction == "v" or not diffusion.zero_snr, "diffusion.zero_snr",
+                "needs diffusion.prediction: v (epsilon says nothing about a step without signal)")
+        require(self.tokens == "local" or clip.projection == unet.context, "unet.context",
+                f"is {unet.context}, but tokens={self.tokens} have CLIP's width {clip.projection}")
         for name in ("pose", "background"):
             net = getattr(self, name)
             if net is None:
                 continue
-            _one_of(f"{name}.hint", net.hint, ("pixels", "latents"))
+            one_of(f"{name}.hint", net.hint, ("pixels", "latents"))
             if net.hint == "latents":
-                _require(name == "background", "pose.hint", "is 'latents'; expected 'pixels': a pose is a picture")
-                _require(net.channels == self.vae.channels, f"{name}.channels",
-                         f"is {net.channels}, but the VAE's latent has {self.vae.channels}")
+                require(name == "background", "pose.hint", "is 'latents'; expected 'pixels': a pose is a picture")
+                require(net.channels == self.vae.channels, f"{name}.channels",
+                        f"is {net.channels}, but the VAE's latent has {self.vae.channels}")
             else:
-                _require(not net.hole, f"{name}.hole", "needs hint: latents")
-                _require(2 ** (len(net.widths) - 1) == self.vae.factor, f"{name}.widths",
-                         f"has {len(net.widths)} entries; expected {self.vae.factor.bit_length()} to reach the latent's "
-                         "size")
+                require(not net.hole, f"{name}.hole", "needs hint: latents")
+                require(2 ** (len(net.widths) - 1) == self.vae.factor, f"{name}.widths",
+                        f"has {len(net.widths)} entries; expected {self.vae.factor.bit_length()} to reach the latent's "
+                        "size")
         if diffusion.schedule != "cosine":
             first, last = diffusion.beta_start, diffusion.beta_end
-            _require(first is not None and last is not None and 0 < first <= last < 1, "diffusion.beta_start",
-                     f"to beta_end is {first} to {last}; expected 0 < beta_start <= beta_end < 1")
+            require(first is not None and last is not None and 0 < first <= last < 1, "diffusion.beta_start",
+                    f"to beta_end is {first} to {last}; expected 0 < beta_start <= beta_end < 1")
 
 
-def _require(holds: bool, field: str, message: str) -> None:
+def require(holds: bool, field: str, message: str) -> None:
     if not holds:
         raise InputError(f"{field} {message}")
 
@@ -160,13 +158,13 @@ def _require_positive_sizes(group: str, config) -> None:
         numbers = value if isinstance(value, tuple) else (value,)
         for number in numbers:
             if type(number) in (int, float) and not field.name.startswith("beta_"):
-                _require(math.isfinite(number) and number > 0, f"{group}.{field.name}",
-                         f"holds {number}; expected more than 0")
-        _require(len(numbers) > 0 or field.default == (), f"{group}.{field.name}", "is empty; give one value a level")
+                require(math.isfinite(number) and number > 0, f"{group}.{field.name}",
+                        f"holds {number}; expected more than 0")
+        require(len(numbers) > 0 or field.default == (), f"{group}.{field.name}", "is empty; give one value a level")
 
 
-def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    _require(value in allowed, field, f"is {value!r}; expected one of {', '.join(allowed)}")
+def one_of(field: str, value: str, allowed: Sequence[str]) -> None:
+    require(value in allowed, field, f"is {value!r}; expected one of {', '.join(filter(None, allowed))}")
 
 
 def nearest(name: str, known) -> str:
@@ -222,16 +220,12 @@ def _type_name(hint) -> str:
 
 def to_dict(config) -> dict:
     """The dataclass as plain dicts and lists, ready for YAML; `from_dict` takes it back."""
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-    return plain(dataclasses.asdict(config))
+    return json.loads(json.dumps(dataclasses.asdict(config)))            # tuples become lists
 
 
 def override(values: dict, arguments: list[str]) -> dict:
     """`--unet.heads=4` set in a copy of the nested dict. The value is read as YAML."""
-    values = yaml.safe_load(yaml.safe_dump(values))
+    values = copy.deepcopy(values)
     for argument in arguments:
         path, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not equals:
@@ -264,9 +258,9 @@ def read_yaml(path: str | Path) -> dict:
     return values
 
 
-def load(path: str | Path, cls=ModelConfig, arguments: list[str] = ()):
-    """A YAML file as the dataclass `cls`, with `--a.b=c` arguments on top."""
+def load(path: str | Path, arguments: list[str] = ()) -> ModelConfig:
+    """A YAML file as a ModelConfig, with `--a.b=c` arguments on top."""
     try:
-        return from_dict(cls, override(read_yaml(path), list(arguments)))
+        return from_dict(ModelConfig, override(read_yaml(path), list(arguments)))
     except InputError as error:
         raise InputError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None

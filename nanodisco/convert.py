@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanodisco.errors import InputError, run
+from nanodisco.files import refuse_existing
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 NETWORKS = {"vae.": ("VAE", "vae"), "unet.": ("UNet", "unet"),           # where its sizes stand in a ModelConfig
@@ -124,7 +125,7 @@ def bring(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
     from nanodisco import loading, weights
 
-    _refuse_existing(arguments.out)
+    refuse_existing(arguments.out)
     if arguments.at_most < 0:
         raise InputError(f"--at-most {arguments.at_most}; expected 1 or more megabytes")
     dtype = getattr(torch, DTYPES[arguments.dtype]) if arguments.dtype else None
@@ -142,7 +143,7 @@ def send(arguments: argparse.Namespace) -> None:
     from nanodisco import loading, weights
 
     out = Path(arguments.out)
-    _refuse_existing(out)
+    refuse_existing(out)
     if arguments.to == "disco" and out.suffix not in (".safetensors", ".pt"):
         raise InputError(f"{out}: a DisCo checkpoint is one file; expected a name ending in .safetensors or .pt")
     dtype = getattr(torch, DTYPES[arguments.dtype]) if arguments.dtype else None
@@ -159,11 +160,6 @@ def send(arguments: argparse.Namespace) -> None:
     weights.write_diffusers(out, model.state_dict(), model.config, arguments.old_names)
     print(f"wrote {out}: unet, vae, image_encoder, scheduler. Left out, as this layout has no place for them: "
           "the ControlNets and the token projection (--to disco keeps them)")
-
-
-def _refuse_existing(out: str | Path) -> None:
-    if Path(out).exists():                               # before the work rather than after it
-        raise InputError(f"{out} is already there; remove it or choose another name")
 
 
 if __name__ == "__main__":

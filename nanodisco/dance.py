@@ -25,6 +25,7 @@ from nanodisco import inputs, transforms, video
 from nanodisco.config import ClipConfig, to_dict
 from nanodisco.data import Validation
 from nanodisco.disco import DisCo
+from nanodisco.distributed import device_of
 from nanodisco.errors import InputError
 from nanodisco.files import write_text
 from nanodisco.guidance import Guided, windowed, windows
@@ -70,17 +71,6 @@ def dance(given: Namespace, say: Say) -> int:
     except torch.OutOfMemoryError as error:
         raise InputError(f"{given.device} is out of memory ({str(error).splitlines()[0]}); a smaller --batch, now "
                          f"{given.batch}, or smaller -W -H need less") from None
-
-
-def device_of(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, ValueError) as error:
-        there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        raise InputError(f"--device {name} is not there; expected one of {', '.join(there)}") from error
-    return name
 
 
 # ---- What to make -------------------------------------------------------------------------------------------
@@ -226,7 +216,7 @@ class Start:
         return self._placed(noise)
 
     def step_noise(self, frames: range, step: int) -> Tensor:
-        """What the sampler adds at this step, like the latents."""
+        """What the sampler adds at this step: a frame's own, whatever --noise says of the start."""
         if "step_noise" in self.file:
             if step >= len(self.file["step_noise"]):
                 raise InputError(f"{self.given.latents}: step_noise ends before step {step}")
@@ -283,22 +273,18 @@ class Results:
     def __init__(self, given: Namespace, model: DisCo):
         self.given, self.out, self.open = given, Path(given.out), ExitStack()
         self.official, self.temporal = given.layout == "disco", model.config.unet.temporal
-        self.writers, self.count = {}, 0
+        self.writers, self.count = [], 0
         self.settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(given).items()}
         self.settings |= {"versions": {name: _version(name) for name in ("torch", "nanodisco")},
                           "model": to_dict(model.config)}
 
     def __enter__(self) -> "Results":
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot write {self.out}: {error.strerror}") from None
         write_text(self.out / "settings.yaml", yaml.safe_dump(self.settings, sort_keys=False))
         formats = [] if self.official else self.given.format.split(",")
         for name in (name for name in formats if name != "png"):
             for what in ("video", "result"):
                 writer = video.writer(self.out / f"{what}.{name}", self.given.fps)
-                self.writers[what, name] = self.open.enter_context(writer)
+                self.writers.append((what, self.open.enter_context(writer)))
         self.folder = self.out / "frames" if "png" in formats else None
         if self.official:
             self._official_settings()
@@ -318,11 +304,11 @@ class Results:
                 self._official_frames(shown, here, frames)
             photos = np.broadcast_to(shown.photo if len(shown.photo) == 1 else shown.photo[here], frames.shape)
             for frame, pose, photo in zip(frames, shown.pose[here], photos):
-                for (what, _), write in self.writers.items():
-                    beside = what == "video"
-                    write(video.enlarged(video.side_by_side(photo, pose, frame), SEEN) if beside else frame)
+                beside = video.enlarged(video.side_by_side(photo, pose, frame), SEEN) if self.writers else None
+                for what, write in self.writers:
+                    write(beside if what == "video" else frame)
                 if self.folder:
-                    _save(self.folder / f"{self.count:06}.png", frame)
+                    video.save(self.folder / f"{self.count:06}.png", frame)
                 self.count += 1
             done = here.stop
 
@@ -333,7 +319,7 @@ class Results:
         reference = transforms.from_clip(shown.reference) if self.temporal else shown.reference / 2 + 0.5
         for folder, pictures in (("ref", reference.clamp(0, 1)), ("ref_control", shown.background / 2 + 0.5)):
             for key, picture in zip(shown.names, transforms.to_frames(pictures)):        # a clip has one
-                _save(self.out / folder / official_name(key), picture)
+                video.save(self.out / folder / official_name(key), picture)
 
     def _official_frames(self, shown: Shown, here: slice, frames: np.ndarray) -> None:
         given = self.given
@@ -344,7 +330,7 @@ class Results:
                 name = official_name(key)
                 if self.temporal:
                     name = Path(official_name(shown.names[0])).stem + "/" + official_frame_name(key)
-                _save(self.out / folder / name, picture)
+                video.save(self.out / folder / name, picture)
 
     def _official_settings(self) -> None:
         given = self.given
@@ -364,11 +350,3 @@ def official_name(key: str) -> str:
 def official_frame_name(key: str) -> str:
     """Of a frame in the folder of its clip: the key, with an extension if it has none."""
     return key if Path(key).suffix else key + ".png"
-
-
-def _save(path: Path, frame: np.ndarray) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write {path.parent}: {error.strerror}") from None
-    video.save(path, frame)

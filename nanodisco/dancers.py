@@ -164,8 +164,8 @@ class Dance:
         for side, (eye, ear) in zip((1, -1), zip(EYES, EARS)):
             out[eye] += (side * 0.04 * unit, 0.02 * unit, 0.06 * unit)
             out[ear] += (side * 0.085 * unit, 0.0, 0.0)
-        for side, phase, which in ((1, 0.0, 0), (-1, 1.0, 1)):
-            self._limbs(out, which, side, phase, frame, unit, person.width, neck, across)
+        for which in (0, 1):
+            self._limbs(out, which, frame, unit, person.width, neck, across)
         turned = out.copy()
         turned[:, 0] = out[:, 0] * np.cos(facing) + out[:, 2] * np.sin(facing)
         turned[:, 2] = out[:, 2] * np.cos(facing) - out[:, 0] * np.sin(facing)
@@ -177,10 +177,9 @@ class Dance:
             turned[:, :2] = (turned[:, :2] - (0.5, 0.08)) * self.zoom + (0.5, 0.08)
         return turned, facing
 
-    def _limbs(self, out, which: int, side: int, phase: float, frame: int, unit: float, width: float, neck,
-               across) -> None:
-        """Arm and leg of one side, before the turn."""
-        arm, leg = self.arms_mirrored * phase, np.pi * phase
+    def _limbs(self, out, which: int, frame: int, unit: float, width: float, neck, across) -> None:
+        """Arm and leg of one side, 0 left and 1 right, before the turn."""
+        side, arm, leg = 1 - 2 * which, self.arms_mirrored * which, np.pi * which
         shoulder = neck + side * 0.115 * unit * width * across - (0, 0.025 * unit, 0)
         lift, forwards, bend = self.lift(frame, arm), self.swing(frame, arm), np.clip(self.bend(frame, arm), 0, 2.4)
         out_of, ahead = side * np.sin(lift) * np.cos(forwards), np.sin(forwards) * (0.3 + np.sin(lift))
@@ -242,24 +241,19 @@ def _draw(canvas: Canvas, person: Person, joints: np.ndarray, facing: float, zoo
                      person.shoes * (0.86 if far else 1.0), SHOES, line)
 
     face.hair_behind(canvas, person, line)
-    near_arms = [depth[[ELBOWS[i], WRISTS[i]]].mean() > body_depth - 0.02 for i in (0, 1)]
-    for i in (0, 1):
-        if not near_arms[i]:
-            arm(i, far=True)
+    near = [i for i in (0, 1) if depth[[ELBOWS[i], WRISTS[i]]].mean() > body_depth - 0.02]
+    for i in {0, 1}.difference(near):
+        arm(i, far=True)
     for i in sorted((0, 1), key=lambda i: depth[KNEES[i]] + depth[ANKLES[i]]):
         leg(i, far=bool(depth[ANKLES[i]] < depth[ANKLES[1 - i]] - 0.04))
     _torso(canvas, person, at, unit, line)
     canvas.paint(capsule((at[5] + at[6]) / 2, face.centre, 0.035 * unit, 0.035 * unit), person.skin * 0.9, SKIN, line)
+    if front >= 0:
+        face.draw(canvas, person, line)
+    for i in near:
+        arm(i, far=False)
     if front < 0:                                                        # hair hangs over the back
-        for i in (0, 1):
-            if near_arms[i]:
-                arm(i, far=False)
         face.draw(canvas, person, line)
-    else:
-        face.draw(canvas, person, line)
-        for i in (0, 1):
-            if near_arms[i]:
-                arm(i, far=False)
 
 
 def _upwards(at: np.ndarray) -> np.ndarray:
@@ -290,7 +284,7 @@ def _torso(canvas: Canvas, person: Person, at: np.ndarray, unit: float, line: fl
                         hem + side * spread, hem - side * spread)
         dress = person.garment == "dress"
         canvas.paint(shape, cloth if dress else person.legs, SHIRT if dress else LEGS, line)
-    elif person.garment in ("trousers", "shorts"):
+    else:
         canvas.paint(capsule(hip - side * waist * 0.45, hip + side * waist * 0.45, waist * 0.55, waist * 0.55),
                      person.legs, LEGS, line)
     shape = polygon(top - side * chest * 0.75, top + side * chest * 0.75, neck + side * chest - up * 0.04 * unit,

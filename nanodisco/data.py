@@ -26,6 +26,9 @@ from nanodisco.recipe import DataConfig
 from nanodisco.tsv import Table
 
 
+FIELDS = ("img", "poses", "masks", "vid2line")           # of a set's YAML file
+
+
 @dataclass
 class Sample:
     """One frame to make: its key, itself, its pose, and the reference with its mask."""
@@ -43,15 +46,14 @@ class Validation:
         path, values = Path(path), read_yaml(path)
         if values.get("composite"):
             raise InputError(f"{path} is a composite set; give the sets it is made of one by one")
-        for field in ("img", "poses", "masks", "vid2line"):
+        for field in FIELDS:
             if not isinstance(values.get(field), str):
                 raise InputError(f"{path}: no `{field}`; expected the name of a TSV file")
-        self.path = path
-        self.images, self.poses, self.masks, self.videos = (
-            Table(path.parent / values[field]) for field in ("img", "poses", "masks", "vid2line"))
-        lengths = {table.path.name: len(table) for table in (self.images, self.poses, self.masks, self.videos)}
-        if len(set(lengths.values())) > 1:
-            raise InputError(f"{path}: files of different length: {lengths}")
+        tables = {field: Table(path.parent / values[field]) for field in FIELDS}
+        self.images, self.poses, self.masks, self.videos = tables.values()
+        if len(set(map(len, tables.values()))) > 1 or not len(self):
+            rows = ", ".join(f"{field} {len(table)}" for field, table in tables.items())
+            raise InputError(f"{path}: files of different length, or of none; rows: {rows}")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -144,7 +146,7 @@ class Rows:
         return f"{len(self)} rows, {zlib.crc32(repr([(table.offsets, table.size) for table in tables]).encode()):08x}"
 
     def scene(self, i: int, rng: np.random.Generator, with_pose: bool) -> Scene:
-        """A clip that would run over its video's end begins earlier, and may repeat the first frame."""
+        """A clip that would run over its video's end begins earlier; one longer than that repeats its last frame."""
         video, c = self.rows.video(i), self.config
         start = max(min(i, video.stop - 1 - (c.frames - 1) * c.every), video.start)
         frames = [min(start + k * c.every, video.stop - 1) for k in range(c.frames)]
@@ -227,7 +229,6 @@ def loader(dataset: Training, batch: int, first: int, steps: int, rank: int, ran
             whole = indices(len(dataset), batch, dataset.seed, step)
             yield [whole[i] for i in shares(len(whole), ranks)[rank]] or whole[:1]
     try:
-        yield from torch.utils.data.DataLoader(dataset, batch_sampler=places(), num_workers=workers,
-                                               persistent_workers=workers > 0)
+        yield from torch.utils.data.DataLoader(dataset, batch_sampler=places(), num_workers=workers)
     except InputError as error:                                          # a worker's comes with its whole traceback
         raise InputError(str(error).strip().splitlines()[-1].removeprefix("nanodisco.errors.InputError: ")) from None

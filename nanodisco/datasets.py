@@ -57,13 +57,13 @@ def write_tsv(out: Path, clips: Iterable[int], frames: int, size: int, split: st
     """Rows of one clip are neighbours; vid2line counts them from the row itself, as the official loader reads it."""
     with appearing(out) as place, ExitStack() as open_files:
         place.mkdir()
-        images, poses, masks, videos = (open_files.enter_context(tsv.Writer(place / f"{split}_{part}.tsv"))
+        images, poses, masks, videos = (open_files.enter_context(tsv.writer(place / f"{split}_{part}.tsv"))
                                         for part in ("images", "poses", "masks", "vid2line"))
         for clip in clips:
             for i in range(frames):
                 made, key = dancers.sample(clip, clip, clip, i, size), f"TiktokDance_{clip:010}_{i + 1:04}.png"
-                images.write(key, tsv.encoded(Image.fromarray(made.picture)))
-                poses.write(key, tsv.encoded(Image.fromarray(dancers.pose_picture(made.keypoints, size))))
-                masks.write(key, tsv.encoded(Image.fromarray(made.mask)), True)
-                videos.write(key, [-i, frames - 1 - i])
+                images(key, tsv.encoded(Image.fromarray(made.picture)))
+                poses(key, tsv.encoded(Image.fromarray(dancers.pose_picture(made.keypoints, size))))
+                masks(key, tsv.encoded(Image.fromarray(made.mask)), True)
+                videos(key, [-i, frames - 1 - i])
         (place / f"{split}.yaml").write_text(YAML.format(split))

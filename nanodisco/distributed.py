@@ -18,6 +18,17 @@ from nanodisco.errors import InputError
 PATIENCE = timedelta(hours=2)          # all wait while one validates or saves
 
 
+def device_of(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, ValueError) as error:
+        there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise InputError(f"--device {name} is not there; expected one of {', '.join(there)}") from error
+    return name
+
+
 @dataclass(frozen=True)
 class World:
     rank: int
@@ -29,19 +40,12 @@ class World:
         """NCCL on GPUs, gloo on CPUs; the variables that torchrun sets say who is who."""
         rank, size, local = (int(os.environ.get(name, default)) for name, default in
                              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda":
-            if local >= torch.cuda.device_count():
-                raise InputError(f"process {local} of this machine has no GPU of its own; there are "
-                                 f"{torch.cuda.device_count()} (torchrun --nproc-per-node)")
-            torch.cuda.set_device(local)
-        else:
-            try:
-                torch.zeros(1, device=device)
-            except (RuntimeError, AssertionError) as error:
-                raise InputError(f"--device {device} is not there ({str(error).splitlines()[0]}); expected auto, cpu "
-                                 "or cuda") from None
+        if local < torch.cuda.device_count():
+            torch.cuda.set_device(local)                                 # before anything is put on the first
+        device = device_of(device)
+        if device == "cuda" and local >= torch.cuda.device_count():
+            raise InputError(f"process {local} of this machine has no GPU of its own; there are "
+                             f"{torch.cuda.device_count()} (torchrun --nproc-per-node)")
         if size > 1 and not distributed.is_initialized():
             distributed.init_process_group("nccl" if device == "cuda" else "gloo", rank=rank, world_size=size,
                                            store=_store(size), timeout=PATIENCE)

@@ -10,6 +10,12 @@ from pathlib import Path
 from nanodisco.errors import InputError
 
 
+def refuse_existing(path: str | Path) -> None:
+    """Before the work rather than after it."""
+    if Path(path).exists():
+        raise InputError(f"{path} is already there; remove it or choose another name")
+
+
 @contextmanager
 def appearing(path: str | Path) -> Iterator[Path]:
     """A place to write the file or folder `path` to; it takes that name when the block ends well.
@@ -18,8 +24,7 @@ def appearing(path: str | Path) -> Iterator[Path]:
     Whatever goes wrong, nothing is left behind; a full disk or a forbidden folder is an InputError.
     """
     path = Path(path)
-    if path.exists():
-        raise InputError(f"{path} is already there; remove it or choose another name")
+    refuse_existing(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -40,6 +45,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     beside = path.with_name(f".{path.name}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.unlink(missing_ok=True)
         yield beside
         os.replace(beside, path)
     except OSError as error:

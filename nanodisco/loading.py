@@ -160,7 +160,7 @@ def _config_of(files: list[Weights], tensors: Tensors, started: dict, path, over
 
 def _initialise(model: nn.Module, seed: int) -> None:
     """Give every module that no file filled its own start, drawn from `seed`."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in model.modules():
             if any(tensor.is_meta for tensor in module.parameters(recurse=False)):

@@ -6,8 +6,8 @@
 (Keller Jordan, 2024; the factor of 0.2 gives a step the size of AdamW's, so that one learning rate does for both:
 arXiv:2502.16982, eq. 4.) A gradient of a weight matrix is mostly a few directions; O has all of them, equally large.
 A convolution is the matrix of its filters: its first axis by all others. Not what sees pictures or noise, what embeds,
-and what begins as nothing: the first and last convolutions, positions, times, ControlNets' zero convolutions, LoRA's
-factors.
+and what begins as nothing: the first and last convolutions, positions, times, ControlNets' zero convolutions, what
+temporal layers end with, LoRA's factors.
 """
 from collections.abc import Callable, Iterable
 
@@ -18,7 +18,7 @@ MOMENTUM = 0.95
 LIKE_ADAM = 0.2
 SMALLEST = 16                          # side of a matrix that is worth it
 NOT_HIDDEN = ("conv_in.", "conv_out.", "vision.conv1.", "zero_", "positional_embedding", ".time.linear",
-              ".parametrizations.")
+              ".temporal.conv.", ".temporal.out.", ".parametrizations.")
 
 
 def matrices(named: Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:

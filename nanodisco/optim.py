@@ -91,7 +91,7 @@ def remembered(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, T
 
 
 def learning_rate(step: int, steps: int, base: float, warmup: float = 0.1, constant: bool = False) -> float:
-    """Of step 0, 1, …: up over the first `warmup` share of the steps, then down to FLOOR, or staying as it is."""
+    """Of step 0, 1, …: up over the first `warmup` share of the steps, then down, or staying.   >= FLOOR"""
     rising = int(steps * warmup)
     if step < rising:
         share = step / rising

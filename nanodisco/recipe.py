@@ -7,10 +7,11 @@
 
 Files are looked for beside the YAML file first, then from where the command is run.
 """
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nanodisco.config import ModelConfig, from_dict, override, read_yaml, to_dict
+from nanodisco.config import ModelConfig, from_dict, one_of, override, read_yaml, require, to_dict
 from nanodisco.errors import InputError
 
 
@@ -85,52 +86,46 @@ class Recipe:
 
     def __post_init__(self):
         t, d = self.train, self.data
-        choices = (("stage", self.stage, ("diffusion", "vae", "decoder")), ("data.kind", d.kind, ("dancers", "tsv")),
-                   ("data.reference", d.reference, ("first", "random", "same")),
-                   ("train.precision", t.precision, ("fp32", "bf16", "fp16")),
-                   ("train.optimizer", t.optimizer, ("adamw", "muon")),
-                   ("train.logger", t.logger, ("", "tensorboard", "wandb")),
-                   ("train.loss", t.loss, ("prediction", "epsilon", "v", "x0")),
-                   ("uncond", self.uncond, ("", "zeros", "clip-zero")),
-                   ("variant", self.variant, ("", "stage1", "image", "temporal")))
-        for name, value, allowed in choices:
-            if value not in allowed:
-                raise InputError(f"{name} is {value!r}; expected one of {', '.join(filter(None, allowed))}")
-        for where, group in (("train", t), ("data", d)):
-            for name in ("batch", "noises", "accumulate", "log_every", "save_every", "validate_count", "frames",
-                         "every", "width", "height"):
-                if getattr(group, name, 1) < 1:
-                    raise InputError(f"{where}.{name} is {getattr(group, name)}; expected 1 or more")
-            for name in ("keep", "workers", "seed", "lora_rank", "weight_decay", "min_snr", "person", "clip_norm",
-                         "latent_noise", "first", "validate_every"):
-                if getattr(group, name, 0) < 0:
-                    raise InputError(f"{where}.{name} is {getattr(group, name)}; expected 0 or more")
-        if (t.steps > 0) == (t.epochs > 0) or min(t.steps, t.epochs) < 0:
-            raise InputError(f"train.steps is {t.steps}, train.epochs {t.epochs}; expected one of them, 1 or more")
+        for field, value, *allowed in (
+                ("stage", self.stage, "diffusion", "vae", "decoder"), ("data.kind", d.kind, "dancers", "tsv"),
+                ("data.reference", d.reference, "first", "random", "same"),
+                ("train.precision", t.precision, "fp32", "bf16", "fp16"),
+                ("train.optimizer", t.optimizer, "adamw", "muon"),
+                ("train.logger", t.logger, "", "tensorboard", "wandb"),
+                ("train.loss", t.loss, "prediction", "epsilon", "v", "x0"),
+                ("uncond", self.uncond, "", "zeros", "clip-zero"),
+                ("variant", self.variant, "", "stage1", "image", "temporal")):
+            one_of(field, value, allowed)
+        for least, names in ((1, ("batch", "noises", "accumulate", "log_every", "save_every", "validate_count",
+                                  "frames", "every", "width", "height")),
+                             (0, ("keep", "workers", "seed", "lora_rank", "weight_decay", "min_snr", "person",
+                                  "clip_norm", "latent_noise", "first", "validate_every", "steps", "epochs"))):
+            for name in names:
+                where, group = ("train", t) if hasattr(t, name) else ("data", d)
+                require(getattr(group, name) >= least, f"{where}.{name}",
+                        f"is {getattr(group, name)}; expected {least} or more")
         for name in ("warmup", "ema", "drop_reference", "drop_pose"):
-            if not 0 <= getattr(t, name) <= 1:
-                raise InputError(f"train.{name} is {getattr(t, name)}; expected 0 to 1")
-        if not t.lr > 0 or len(t.betas) != 2 or not all(0 <= beta < 1 for beta in t.betas):
-            raise InputError(f"train.lr is {t.lr}, train.betas {list(t.betas)}; expected more than 0, and two numbers "
-                             "from 0 to below 1")
-        if d.kind == "dancers" and d.clips < 1:
-            raise InputError("data.clips is missing; expected the number of dancers' clips")
-        if d.kind == "tsv" and not d.path:
-            raise InputError("data.path is missing; expected the YAML file of a set of TSV files")
-        if d.kind == "tsv" and t.validate_every and not d.validation:
-            raise InputError("data.validation is missing; expected the YAML file of a set to validate on, or "
-                             "train.validate_every 0")
-        if d.crop and not (len(d.crop) == 2 and 0 < d.crop[0] <= d.crop[1] <= 1) or d.slide and not d.crop:
-            raise InputError(f"data.crop is {list(d.crop)}; expected two shares of the area, as [0.5, 1.0]"
-                             + (", for data.slide" if d.slide else ""))
-        if self.stage == "decoder" and not self.start:
-            raise InputError("start is missing; stage decoder goes on from the weights of a VAE")
-        if t.noises > 1 and self.stage != "diffusion":
-            raise InputError(f"train.noises is {t.noises} in stage {self.stage}; expected 1: only stage diffusion "
-                             "noises its samples")
-        if t.latent_noise and self.stage != "decoder":
-            raise InputError(f"train.latent_noise is {t.latent_noise} in stage {self.stage}; expected 0, or stage "
-                             "decoder: an encoder would only speak louder")
+            require(0 <= getattr(t, name) <= 1, f"train.{name}", f"is {getattr(t, name)}; expected 0 to 1")
+        require((t.steps > 0) != (t.epochs > 0), "train.steps",
+                f"is {t.steps}, train.epochs {t.epochs}; expected one of them, 1 or more")
+        require(0 < t.lr < math.inf, "train.lr", f"is {t.lr}; expected more than 0")
+        require(len(t.betas) == 2 and all(0 <= beta < 1 for beta in t.betas), "train.betas",
+                f"is {list(t.betas)}; expected two numbers from 0 to below 1")
+        if d.kind == "dancers":
+            require(d.clips > 0, "data.clips", "is missing; expected the number of dancers' clips")
+        else:
+            require(d.path, "data.path", "is missing; expected the YAML file of a set of TSV files")
+            require(d.validation or not t.validate_every, "data.validation", "is missing; expected the YAML file of a "
+                    "set to validate on, or train.validate_every 0")
+        require(len(d.crop) == 2 and 0 < d.crop[0] <= d.crop[1] <= 1 or not d.crop and not d.slide, "data.crop",
+                f"is {list(d.crop)}; expected two shares of the area, as [0.5, 1.0]" + ", for data.slide" * d.slide)
+        if self.stage != "diffusion":
+            require(t.noises == 1, "train.noises", f"is {t.noises}; expected 1: only stage diffusion noises samples")
+            require(d.frames == 1, "data.frames", f"is {d.frames}; expected 1: a VAE sees single pictures")
+        require(self.stage == "decoder" or not t.latent_noise, "train.latent_noise",
+                f"is {t.latent_noise}; expected 0, or stage decoder: an encoder would only speak louder")
+        require(self.start or self.stage != "decoder", "start", "is missing; stage decoder goes on from the weights of "
+                "a VAE")
         if self.model is None and not self.start:
             raise InputError("neither model nor start is given; expected a configuration, or weights to start from")
 
@@ -139,6 +134,8 @@ def load(path: str | Path, arguments: list[str] = ()) -> Recipe:
     """A YAML file as a Recipe, with `--train.lr=1e-4` arguments on top. Paths in it become paths from here."""
     path = Path(path)
     values = read_yaml(path)
+    for text in [text for text in arguments if text.startswith("--model=") and text.endswith(".yaml")]:
+        arguments, values["model"] = [other for other in arguments if other != text], text.removeprefix("--model=")
     if isinstance(values.get("model"), str):
         values["model"] = read_yaml(_found(path, values["model"]))
     asked = [name for name in ("steps", "epochs") if any(text.startswith(f"--train.{name}=") for text in arguments)]

@@ -15,7 +15,7 @@ def hsv(hue: float, saturation: float, value: float) -> np.ndarray:
     return (value * (1 - saturation * (1 - ramp))).astype(np.float32)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=8)                 # the frames of a clip are drawn one after the other
 def room(seed: int, size: int) -> np.ndarray:
     """uint8 (size, size, 3); read-only"""
     rng = np.random.default_rng([seed, 1])

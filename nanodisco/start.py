@@ -1,14 +1,14 @@
 """Start: the model that a recipe begins with, and the random numbers and the loss of one of its steps."""
 import json
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from nanodisco import loading
+from nanodisco import loading, lora, optim
 from nanodisco.config import ModelConfig, to_dict
 from nanodisco.data import Training
 from nanodisco.disco import Batch, DisCo, Draws
@@ -34,7 +34,7 @@ def model(recipe: Recipe, say: Callable[[str], None]) -> DisCo:
         made = loading.load(*recipe.start, variant=recipe.variant or None, overrides=overrides, seed=recipe.train.seed,
                             say=say)
     else:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.train.seed)
             made = DisCo(replace(config, uncond=recipe.uncond or config.uncond))
             made.start_controlnets()
@@ -55,6 +55,21 @@ def _require_fit(data: DataConfig, config: ModelConfig) -> None:
                              "of this model")
 
 
+def trainable(net: DisCo, recipe: Recipe) -> list[nn.Parameter]:
+    """Let what the recipe names train and freeze all else.   -> those that train"""
+    t, names = recipe.train, [name for name, _ in net.named_parameters()]
+    if recipe.stage == "diffusion":
+        names = optim.trainable(names, t.unet, freeze_pose=t.freeze_pose, freeze_background=t.freeze_background,
+                                only_pose=t.only_pose, substring_fault=t.substring_fault, clip=t.clip)
+    else:
+        names = [name for name in names if name.startswith(VAE_PARTS[recipe.stage])]
+    if t.lora_rank:
+        names = lora.add(net, names, t.lora_rank, t.seed)
+    if parameters := optim.select(net, names):
+        return parameters
+    raise InputError("nothing is left to train; see train.unet, train.only_pose, train.freeze_…")
+
+
 def draws(net: DisCo, share: torch.Size, whole: int, train: TrainConfig, step: int) -> Draws:
     """All random numbers of a step, for the `whole` batch: each process makes them all and takes its own rows.
 
@@ -68,8 +83,8 @@ def draws(net: DisCo, share: torch.Size, whole: int, train: TrainConfig, step: i
 def rows(draws: Draws, first: int, count: int) -> Draws:
     """Those of some samples of a batch."""
     samples = len(draws.background)
-    return Draws(**{f.name: x.unflatten(0, (samples, -1))[first:first + count].flatten(0, 1)
-                    for f in fields(draws) for x in [getattr(draws, f.name)]})
+    return Draws(**{name: x.unflatten(0, (samples, -1))[first:first + count].flatten(0, 1)
+                    for name, x in vars(draws).items()})
 
 
 def principal_components(net: DisCo, dataset: Training) -> None:
@@ -101,7 +116,7 @@ class Loss(nn.Module):
 
     def forward(self, samples: dict[str, Tensor], draws: Draws) -> Tensor:
         """Of a part of a batch, its mean.   -> ()"""
-        there = Draws(**{f.name: getattr(draws, f.name).to(samples["target"].device) for f in fields(draws)})
+        there = Draws(**{name: x.to(samples["target"].device) for name, x in vars(draws).items()})
         batch = Batch(samples["target"], samples["reference"], samples["background"], samples.get("pose"))
         t, weight = self.train_config, 1.0
         if t.person != 1:

@@ -5,6 +5,8 @@
 """
 import base64
 import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
@@ -60,31 +62,15 @@ class Table:
             raise InputError(f"{self.path}, row {i}: no picture in it; the .lineidx may be of another file") from None
 
 
-class Writer:
-    """Rows into NAME.tsv and NAME.lineidx.
-
-        with Writer("train_images.tsv") as table:
-            table.write("key", encoded(picture))
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-
-    def __enter__(self) -> "Writer":
-        self.rows = open(self.path, "w", encoding="utf-8", newline="\n")
-        self.index = open(self.path.with_suffix(".lineidx"), "w", encoding="utf-8", newline="\n")
-        self.offset = 0
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.rows.close()
-        self.index.close()
-
-    def write(self, *fields) -> None:
-        row = "\t".join(map(str, fields)) + "\n"
-        self.rows.write(row)
-        self.index.write(f"{self.offset}\n")
-        self.offset += len(row.encode())
+@contextmanager
+def writer(path: str | Path) -> Iterator[Callable[..., None]]:
+    """A function that appends one row, its fields, to NAME.tsv, and where it begins to NAME.lineidx."""
+    path = Path(path)
+    with open(path, "wb") as rows, open(path.with_suffix(".lineidx"), "w", newline="\n") as index:
+        def write(*fields) -> None:
+            index.write(f"{rows.tell()}\n")
+            rows.write("\t".join(map(str, fields)).encode() + b"\n")
+        yield write
 
 
 def encoded(picture: Image.Image) -> str:

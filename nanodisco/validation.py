@@ -44,7 +44,8 @@ class Log:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if not sys.stderr.isatty():                                      # where tqdm shows no bar
-            print(", ".join(f"{name} {value:.4g}" for name, value in line.items() if value is not None), flush=True)
+            print(", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                            for name, value in line.items() if value is not None), flush=True)
         self.more(line)
 
 
@@ -77,7 +78,6 @@ def validate(model: DisCo, recipe: Recipe, picture: Path) -> dict[str, float]:
     with torch.no_grad():
         of = _of_dancers if recipe.data.kind == "dancers" else _of_rows
         found, frames = of(model, recipe)
-    picture.parent.mkdir(parents=True, exist_ok=True)
     judge.write_sheet(picture, frames)
     return {f"val_{name}": round(value, 4) for name, value in found.items() if not math.isnan(value)}
 

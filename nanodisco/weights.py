@@ -91,7 +91,7 @@ def read_tensors(path: Path):
 def _open_folder(folder: Path) -> Weights:
     parts = _parts(folder)
     if parts and (folder / "config.yaml").exists():
-        config = load_config(folder / "config.yaml", ModelConfig)
+        config = load_config(folder / "config.yaml")
         ours = {name: tensor for part in parts for name, tensor in read_tensors(part).items()}
         return Weights(folder, "nanodisco", to_official(ours), known=to_dict(config))
     if any((folder / name).is_dir() for name in COMPONENT_FILES):

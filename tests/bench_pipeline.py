@@ -130,11 +130,11 @@ def write_weights(folder: Path, dtype_name: str, tiny: bool) -> None:
     from safetensors.torch import save_file
 
     from nanodisco import sizes, weights
-    from nanodisco.config import ModelConfig, load as load_config
+    from nanodisco.config import load as load_config
     from nanodisco.disco import DisCo
 
     shrink = ["--unet.widths=[32, 64, 128, 128]", "--clip.layers=1", "--vae.widths=[32, 32, 32, 32]"] if tiny else []
-    config = load_config(ROOT / "config" / "model" / "sd-image-variations.yaml", ModelConfig, shrink)
+    config = load_config(ROOT / "config" / "model" / "sd-image-variations.yaml", shrink)
     torch.manual_seed(0)
     model = DisCo(config)
     with torch.no_grad():

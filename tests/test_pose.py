@@ -126,7 +126,8 @@ def test_frames_of_coco_are_in_natural_order(tmp_path, names):
 
 
 @pytest.mark.parametrize("content, words", [
-    ("[{", "not whole JSON"), ("[" * 100_000, "not whole JSON"), ("7", "holds no poses"), ({"persons": []}, "holds no poses"),
+    ("[{", "not whole JSON"), ("[" * 100_000, "not whole JSON"),
+    ("7", "holds no poses"), ({"persons": []}, "holds no poses"),
     ([{"keypoints": [[1, 2, 3]] * 16}], "48 numbers"), ([{"keypoints": [[1, 2, "x"]] * 17}], "holds no poses"),
     ([{"keypoints": [[1e6, 2, 1]] * 17}], "a joint at 1000000 pixels"),
     ({"people": [], "canvas_width": 0, "canvas_height": 9}, "a frame of 0 x 9"),

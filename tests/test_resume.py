@@ -169,7 +169,7 @@ def unbroken(tmp_path_factory):
     ("nanodisco.judge:write_sheet:1", 2, 1), ("nanodisco.judge:write_sheet:1", 2, 2),
     ("nanodisco.checkpoint:_write_tensors:2", 1, 1),                     # while the second checkpoint is written
     ("nanodisco.checkpoint:checksum:6", 1, 1),
-    ("os:rename:8", 1, 1), ("os:rename:8", 1, 2),                        # before it is renamed
+    ("os:rename:4", 1, 1), ("os:rename:4", 1, 2),                        # before it is renamed
     ("nanodisco.checkpoint:point:2", 2, 1),                              # before `last` is moved, and half-way
     ("os:replace:2", 2, 1),
     ("nanodisco.checkpoint:found:6", 3, 1)])                             # before the first one is removed

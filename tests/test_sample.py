@@ -404,7 +404,8 @@ def test_reference_that_cannot_be_used_is_refused(place, tmp_path):
     Image.new("RGBA", (60, 80), (0, 0, 0, 255)).save(tmp_path / "all.png")
     Image.new("RGBA", (60, 80)).save(tmp_path / "nobody.png")
     for name, words in (("none.png", "is not there"), ("empty.png", "is empty"), ("text.png", "is not a picture"),
-                        ("half.png", "is damaged"), ("opaque.png", "--ref-mask"), ("all.png", "--ref-mask"), ("nobody.png", "no person")):
+                        ("half.png", "is damaged"), ("opaque.png", "--ref-mask"), ("all.png", "--ref-mask"),
+                        ("nobody.png", "no person")):
         assert words in refusal(place, tmp_path, ref=tmp_path / name)
         assert not (tmp_path / "out").exists()
 
@@ -447,7 +448,8 @@ def test_nobody_in_a_pose_is_drawn_black_and_said(place, tmp_path, capsys):
     (["--compile", "--no-cache"], "do not go together"),
     (["--device", "cuda:9"], "cuda:9 is not there"), (["--device", "tpu"], "tpu is not there"),
     (["--device", "meta"], "meta is not there"), (["--format", "gif", "--fps", 120], "can have 100"),
-    (["--format", "avi"], "avi"), (["--pose-size", "10"], "WxH"), (["--pose-size", "²x5"], "WxH"), (["--overlap", 16], "--overlap"),
+    (["--format", "avi"], "avi"), (["--pose-size", "10"], "WxH"), (["--pose-size", "²x5"], "WxH"),
+    (["--overlap", 16], "--overlap"),
     (["--fps", 0], "--fps"),
     (["--latents", __file__], "not a safetensors file"), (["--out", __file__], "already there"),
     (["--out", "/proc/nanodisco"], "cannot write")], ids=str)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from formula import build, given, golden, model, weight
 from nanodisco import loading, names, unpickle, weights
-from nanodisco.config import ModelConfig, load as load_config
+from nanodisco.config import load as load_config
 from nanodisco.disco import Conditions, DisCo
 from nanodisco.errors import InputError
 
@@ -25,7 +25,7 @@ TEMPORAL = IMAGE | golden("manifests/disco_temporal_module.json")["extra"]
 @cache
 def full_size_shapes(variant: str) -> dict[str, torch.Size]:
     """Our names and shapes at the true sizes, without memory for the values."""
-    full = load_config(loading.ASSUMED, ModelConfig, [f"--unet.temporal={'true' if variant == 'temporal' else 'false'}"]
+    full = load_config(loading.ASSUMED, [f"--unet.temporal={'true' if variant == 'temporal' else 'false'}"]
                        + ["--pose=null"] * (variant == "stage1"))
     with torch.device("meta"):
         return {name: tensor.shape for name, tensor in DisCo(full).state_dict().items()}
