@@ -71,6 +71,22 @@ def test_a_set_that_does_not_fit_is_refused(folder, name, content, words):
         Validation(folder / "val.yaml")[1]
 
 
+def test_a_set_of_nothing_is_refused(folder):
+    for name in ("images", "poses", "masks", "vid2line"):
+        (folder / f"val_{name}.tsv").write_text("")
+    with pytest.raises(InputError, match="or of none; rows: img 0, poses 0, masks 0, vid2line 0"):
+        Validation(folder / "val.yaml")
+
+
+def test_tables_of_one_name_and_different_length_are_refused(folder):
+    (folder / "more").mkdir()
+    (folder / "more" / "val_images.tsv").write_text(f"key0\t{jpeg(0)}\n")
+    text = (folder / "val.yaml").read_text()
+    (folder / "val.yaml").write_text(text.replace("val_poses.tsv", "more/val_images.tsv"))
+    with pytest.raises(InputError, match="img 2, poses 1"):
+        Validation(folder / "val.yaml")
+
+
 def test_a_missing_file_is_named(folder):
     (folder / "val_masks.tsv").unlink()
     with pytest.raises(InputError, match="val_masks.tsv is not there"):

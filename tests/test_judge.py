@@ -105,7 +105,7 @@ def folder(tmp_path_factory):
 
 def test_the_command_line_prints_and_writes_every_column(folder, tmp_path, capsys):
     evaluate.main(["--weights", str(folder), "--count", "3", "--size", "16", "--steps", "2", "--device", "cpu",
-                   "--json", str(tmp_path / "scores.json"), "--pictures", str(tmp_path / "sheet.png")])
+                   "--json", str(tmp_path / "scores.json"), "--pictures", str(tmp_path / "new" / "sheet.png")])
     found = json.loads((tmp_path / "scores.json").read_text())
     of = judge.pairs(3, 0, 16)
     copied, printed = judge.scores(judge.copied(of), of), capsys.readouterr().out
@@ -113,7 +113,7 @@ def test_the_command_line_prints_and_writes_every_column(folder, tmp_path, capsy
         assert found[f"copy.{column}"] == pytest.approx(copied[column])
         assert f"{found[column]:.3f}" in printed
         assert f"ceiling.{column}" in found
-    assert (tmp_path / "sheet.png").exists()
+    assert (tmp_path / "new" / "sheet.png").exists()
 
 
 def test_a_model_without_a_pose_net_is_scored_on_the_reference_itself(tmp_path):
@@ -186,7 +186,8 @@ def test_pictures_do_not_depend_on_how_many_are_made(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, words", [(["--weights", "none"], "not there"), (["--steps", "0"], "--steps 0"),
-                                              (["--seed", "900"], "--seed 900"), (["--size", "17"], "multiple of 2")])
+                                              (["--seed", "900"], "--seed 900"),
+                                              (["--cfg", "nan"], "--cfg nan"), (["--size", "17"], "multiple of 2")])
 def test_bad_arguments_are_refused(folder, arguments, words):
     with pytest.raises(InputError, match=words):
         evaluate.main(["--weights", str(folder), "--device", "cpu", *arguments])

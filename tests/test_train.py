@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import prepare_data
 import train
 from nanodisco import checkpoint, dancers, data, optim, recipe, start, transforms, weights
-from nanodisco.config import ClipConfig, ModelConfig, from_dict
+from nanodisco.config import ClipConfig, ModelConfig, from_dict, to_dict
 from nanodisco.disco import Batch, DisCo
 from nanodisco.errors import InputError
 
@@ -369,7 +369,8 @@ def test_files_that_are_missing_are_named(place, name, more):
     ("--train.keep=-1", "0 or more"), ("--data.workers=-1", "0 or more"), ("--train.betas=[0.9, 1.5]", "below 1"),
     ("--device=foo", "is not there"), ("--data.width=17", "multiple of 2"), ("--data.frames=3", "a picture model"),
     (("--train.only_pose=true", "--pose=false"), "nothing is left to train"),
-    ("--train.steps=0", "expected one of them"),
+    ("--train.steps=0", "expected one of them"), ("--train.lr=.inf", "more than 0"),
+    ("--train.weight_decay=.nan", "0 or more"), (("--stage=vae", "--data.frames=2"), "sees single pictures"),
     ("--data={kind: tsv}", "data.path is missing"), ("--train.ema=2", "expected 0 to 1")])
 def test_bad_recipes_are_refused(place, argument, words):
     with pytest.raises(InputError, match=words):
@@ -428,6 +429,12 @@ def test_steps_that_are_asked_for_take_the_place_of_epochs():
     assert (made.train.steps, made.train.epochs) == (7, 0)
     made = recipe.load(ROOT / "config" / "human_specific.yaml", ["--start=[.]", "--train.epochs=3"])
     assert (made.train.steps, made.train.epochs) == (0, 3)
+
+
+def test_another_model_file_can_be_named(place):
+    model = recipe.load(place / "tiny.yaml").model
+    (place / "other.yaml").write_text(json.dumps(to_dict(model) | {"uncond": "clip-zero"}))
+    assert recipe.load(place / "tiny.yaml", ["--model=other.yaml"]).model == replace(model, uncond="clip-zero")
 
 
 def test_fields_of_a_recipe_survive_the_file(place):

@@ -153,6 +153,11 @@ def test_without_a_terminal_each_line_of_the_log_is_printed(place, capsys):
     assert f"loss {log(place / 'a')[2]['loss']:.4g}" in printed[3]
 
 
+def test_a_step_of_a_long_run_is_printed_whole(place, capsys):
+    validation.Log(place, recipe.load(place / "tiny.yaml"), 12344).write({"step": 12345, "loss": 0.123456})
+    assert capsys.readouterr().out == "step 12345, loss 0.1235\n"
+
+
 def test_ticks_are_round_numbers_between_the_ends():
     assert validation._ticks(0.09, 6) == [0.1, 0.2, 0.5, 1, 2, 5]
     assert validation._ticks(0.21, 0.26) == [0.21, 0.22, 0.23, 0.24, 0.25, 0.26]
