@@ -2,8 +2,9 @@
 
     X = Q K^T / (sqrt(K) ln 2) - m      P = 2^X      [Y | l] = P [V | 1]      O = Y / l
 
-m is one number of each query, which changes nothing: it is in P and in l alike. It only has to keep 2^X from
-overflowing. The sums l cost nothing: a column of ones beside V makes the second product count them.
+m is one number of each query, which changes nothing: it is in P and in l alike. It only has to keep 2^X within what
+a number can hold. The sums l cost nothing: a column of ones beside V makes the second product count them. They tell,
+too, whether 2^X overflowed or nearly vanished; PyTorch's own attention, which looks for the largest score, takes over.
 Shapes: B batch, L queries, M keys, N heads, K width of a head; all (B, N, L or M, K) here.
 """
 from functools import cache
@@ -35,7 +36,7 @@ def in_bfloat16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     A score has eight bits between the products, too few if it is large. So m is taken from it inside of the first
     one, where all is float32 still: the largest score among every eighth key. As a rule that is nearly the largest
     of all, and the scores that count come out near 0, where bfloat16 is fine; else they are rounded as they would
-    have been without m. Should others be larger by more than 2^X can hold, torch's own takes over.
+    have been without m.
     """
     out, scale = [], q.shape[-1] ** -0.5 * log2(e)
     queries, keys, values = q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), pad(v.flatten(0, 1), (0, 1), value=1)
@@ -43,21 +44,23 @@ def in_bfloat16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         m = torch.baddbmm(q.new_empty(()), some, keys[:, :, ::8], beta=0, alpha=-scale).amin(-1, keepdim=True)
         out.append(torch.baddbmm(m, some, keys, alpha=scale).exp2_() @ values)
     y, total = torch.cat(out, dim=1).view(*q.shape[:-1], -1).split((v.shape[-1], 1), dim=-1)
-    return y / total if total.isfinite().all() else scaled_dot_product_attention(q, k, v)
+    return y / total if _held(total) else scaled_dot_product_attention(q, k, v)
 
 
 def in_float32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A head at a time; m is the largest score. torch's own asks MKL, which is slower on some processors."""
+    """A head at a time, and m = 0. torch's own asks MKL, which is slower on some processors."""
     queries = (q * (q.shape[-1] ** -0.5 * log2(e))).flatten(0, 1).contiguous()
     keys, values = k.flatten(0, 1).contiguous(), pad(v.flatten(0, 1).transpose(1, 2), (0, 0, 0, 1), value=1)
-    out, rows = queries.new_empty(*queries.shape[:2], v.shape[-1]), max(1, AT_ONCE // k.shape[2])
-    for head in range(len(queries)):
-        for place, some in zip(out[head].split(rows), queries[head].split(rows)):
-            scores = _product(some, keys[head])
-            scores -= scores.amax(-1, keepdim=True)
-            y, total = _product(scores.exp2_(), values[head]).split((v.shape[-1], 1), dim=-1)
-            torch.div(y, total, out=place)
-    return out.view(*q.shape[:-1], -1)
+    out, rows = [], max(1, AT_ONCE // k.shape[2])
+    for one, its_keys, its_values in zip(queries, keys, values):
+        out += [_product(_product(some, its_keys).exp2_(), its_values) for some in one.split(rows)]
+    y, total = torch.cat(out).view(*q.shape[:-1], -1).split((v.shape[-1], 1), dim=-1)
+    return y / total if _held(total) else scaled_dot_product_attention(q, k, v)
+
+
+def _held(total: Tensor) -> bool:
+    """Whether the sums of 2^X tell that it neither overflowed nor lost what counts."""
+    return bool(((total > 2**-60) & total.isfinite()).all())
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:

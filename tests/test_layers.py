@@ -44,7 +44,9 @@ def test_attention_is_its_formula(L, M, N, K):
 
 @pytest.mark.parametrize("size", [1, 4], ids=["small scores", "large scores"])
 @pytest.mark.parametrize("L, M, N, K", [(1, 1, 1, 8), (35, 35, 2, 16), (64, 257, 3, 40), (130, 5, 2, 80)])
-def test_attention_in_bfloat16_on_a_cpu_is_its_formula(L, M, N, K, size):
+def test_attention_in_bfloat16_on_a_cpu_is_its_formula(L, M, N, K, size, monkeypatch):
+    monkeypatch.setattr(attention_cpu, "MANY", 0)
+    monkeypatch.setattr(attention_cpu, "scaled_dot_product_attention", None)             # its own products do it
     q, k, v = (normal(2, rows, N, K, seed=i).bfloat16() for i, rows in enumerate((L, M, M)))
     with torch.no_grad():
         got = attention_reference(size * q, k, v).double()
@@ -54,6 +56,7 @@ def test_attention_in_bfloat16_on_a_cpu_is_its_formula(L, M, N, K, size):
 
 @torch.no_grad()
 def test_attention_in_bfloat16_is_torchs_own_where_there_is_nothing_to_multiply_or_to_multiply_with(monkeypatch):
+    monkeypatch.setattr(attention_cpu, "MANY", 0)
     q, k, v = (normal(2, rows, 3, 8, seed=i).bfloat16() for i, rows in enumerate((5, 9, 9)))
     assert attention_reference(q[:0], k[:0], v[:0]).shape == (0, 5, 3, 8)
     assert torch.equal(attention_reference(q, k[:, :0], v[:, :0]), torch.zeros_like(q))
@@ -66,6 +69,7 @@ def test_attention_in_bfloat16_is_torchs_own_where_there_is_nothing_to_multiply_
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)], ids=str)
 def test_attention_for_inference_on_a_cpu_is_whole_from_parts(dtype, close, monkeypatch):
     q, k, v = (normal(2, rows, 3, 32, seed=i).to(dtype) for i, rows in enumerate((attention_cpu.LONG, 9, 9)))
+    monkeypatch.setattr(attention_cpu, "MANY", 0)
     whole = attention_reference(q, k, v)
     monkeypatch.setattr(attention_cpu, "AT_ONCE", 500)
     parts = attention_reference(q, k, v)
@@ -73,17 +77,27 @@ def test_attention_for_inference_on_a_cpu_is_whole_from_parts(dtype, close, monk
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size", [1, 100], ids=["small scores", "large scores"])
+@pytest.mark.parametrize("size", [1, 10], ids=["small scores", "large scores"])
 @pytest.mark.parametrize("L, M, N, K", [(1024, 257, 2, 40), (1024, 1, 1, 32), (1500, 300, 1, 41)])
 def test_attention_in_float32_on_a_cpu_is_its_formula(L, M, N, K, size, monkeypatch):
-    monkeypatch.setattr(attention_cpu, "scaled_dot_product_attention", None)
+    monkeypatch.setattr(attention_cpu, "scaled_dot_product_attention", None)             # its own products do it
     q, k, v = (normal(1, rows, 3, N, K).float()[:, :, i] for i, rows in enumerate((L, M, M)))
     wanted = naive_attention(size * q, k, v)
     assert (attention_reference(size * q, k, v) - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 @torch.no_grad()
-def test_attention_in_bfloat16_is_whole_where_one_key_outshines_those_that_were_looked_at():
+@pytest.mark.parametrize("size", [100, -100], ids=["overflow", "nothing left"])
+def test_attention_in_float32_is_whole_where_scores_are_too_large_for_powers_of_two(size):
+    q, k, v = (normal(1, rows, 1, 32, seed=i).float() for i, rows in enumerate((attention_cpu.LONG, 20, 20)))
+    q, k = size * q.abs(), k.abs()                        # all scores of one sign
+    wanted = naive_attention(q, k, v)
+    assert (attention_reference(q, k, v) - wanted).norm() <= 1e-4 * wanted.norm()
+
+
+@torch.no_grad()
+def test_attention_in_bfloat16_is_whole_where_one_key_outshines_those_that_were_looked_at(monkeypatch):
+    monkeypatch.setattr(attention_cpu, "MANY", 0)
     q, k, v = (normal(1, rows, 1, 8, seed=i).bfloat16() for i, rows in enumerate((5, 20, 20)))
     k[:, 3] = 500 * q[:, 0]                               # 2^X is infinite for query 0: keys 0, 8, 16 do not know of it
     got = attention_reference(q, k, v)
