@@ -27,7 +27,7 @@ from nanodisco.files import appearing
 Tensors = dict[str, Tensor]
 
 HEADER = 1 << 18                       # bytes of a safetensors file that are not numbers, at most
-TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}   # of safetensors
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 UNET_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
               "diffusion_pytorch_model.fp16.safetensors")
 COMPONENT_FILES = {"unet": UNET_FILES, "vae": UNET_FILES,
@@ -68,7 +68,7 @@ def open_weights(path: str | Path) -> Weights:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
     for name, tensor in found.tensors.items():
-        if tensor.dtype not in TYPES.values():
+        if tensor.dtype not in DTYPES:
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise InputError(f"{path}: {name} is {dtype}; expected float32, float16 or bfloat16 weights")
     return found
@@ -81,29 +81,11 @@ def read_tensors(path: Path):
     if path.suffix != ".safetensors":
         return unpickle.load(path)
     try:
-        return _mapped(path)
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise InputError(f"{path} is not a whole safetensors file ({path.stat().st_size:,} bytes; "
                          f"{str(error).splitlines()[0]}); download or copy it again") from None
-
-
-def _mapped(path: Path) -> Tensors:
-    """A safetensors file seen as memory: nothing is read from the disk before it is looked at.
-
-    safetensors itself looks at each tensor, at which Linux reads all of a large file.
-    """
-    with safe_open(path, framework="pt") as file, path.open("rb") as raw:                # it judges names, sizes, places
-        size = int.from_bytes(raw.read(8), "little")
-        header = json.loads(raw.read(size))
-        whole = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)    # private: never written back
-        tensors = {}
-        for name in file.keys():
-            kind, start = TYPES.get(header[name]["dtype"]), 8 + size + header[name]["data_offsets"][0]
-            if kind is None or start % kind.itemsize:
-                tensors[name] = file.get_tensor(name)
-            else:
-                tensors[name] = torch.empty(0, dtype=kind).set_(whole, start // kind.itemsize, header[name]["shape"])
-    return tensors
 
 
 def _open_folder(folder: Path) -> Weights:
@@ -344,12 +326,13 @@ def _with_position_ids(official: Tensors, config: ModelConfig) -> Tensors:
 
 
 def _save(tensors: Tensors, path: Path) -> None:
-    """Write tensors by name. In a .pt each has memory of its own: a view would drag all of its memory along."""
+    """Write tensors by name, each with memory of its own: a view would drag all of its memory along."""
+    tensors = {name: _alone(tensor) for name, tensor in tensors.items()}
     try:
         if path.suffix == ".safetensors":
-            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+            save_file(tensors, path, {"format": "pt"})
         else:
-            torch.save({"module": {name: _alone(tensor) for name, tensor in tensors.items()}}, path)
+            torch.save({"module": tensors}, path)
     except (SafetensorError, RuntimeError) as error:                     # how a full disk shows itself there
         raise OSError(str(error).splitlines()[0]) from None
 
