@@ -49,7 +49,7 @@ def temporal_attention(q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attention` in plain PyTorch."""
+    """`attention` in plain PyTorch; on a CPU for inference what attention_cpu.py makes of it."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                     # (B, N, L or M, K)
     if q.device.type == "cpu" and torch.is_grad_enabled() and q.shape[2] * k.shape[2] <= SMALL:
         weights = torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(2, 3), dim=-1)

@@ -11,7 +11,7 @@ and where they are missing or wrong the model stays as it is.
 """
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from mmap import PAGESIZE
 from pathlib import Path
 
@@ -31,11 +31,11 @@ WIDE = 256                             # channels before and after, from which o
 class PackedLinear(nn.Module):
     """nn.Linear.   (..., K) -> (..., N)"""
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, files: list[range] = ()):
+    def __init__(self, layer: nn.Linear | nn.Conv2d, files: Sequence[range] = ()):
         super().__init__()
         self.weight, self.packed = layer.weight.data, False
         self.bias = None if layer.bias is None else layer.bias.data
-        self.of_a_file = any(self.weight.data_ptr() in place for place in files)
+        self.of_a_file = is_of(files, self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._product(x)
@@ -82,7 +82,7 @@ class PackedConv2d(PackedLinear):
     multiplications; in float32 Winograd's has fewer, for 16/9 of the weights.
     """
 
-    def __init__(self, layer: nn.Conv2d, files: list[range] = ()):
+    def __init__(self, layer: nn.Conv2d, files: Sequence[range] = ()):
         super().__init__(layer, files)
         self.geometry = (layer.padding, layer.stride, layer.dilation, layer.groups)
         # One of the three below. Not bound to this layer: a layer that holds itself outlives its last use.
@@ -124,9 +124,10 @@ class PackedConv2d(PackedLinear):
 class PackedUpConv2d(nn.Module):
     """UpConv2d.   (B, C_in, H, W) -> (B, C_out, *size), channels last, in parts where that is twice the size"""
 
-    def __init__(self, layer: UpConv2d):
+    def __init__(self, layer: UpConv2d, files: Sequence[range] = ()):
         super().__init__()
         self.plain, self.parts = layer, None             # the layer itself for other sizes
+        self.of_a_file = is_of(files, layer.weight)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         if tuple(size) != (2 * x.shape[2], 2 * x.shape[3]):
@@ -134,6 +135,8 @@ class PackedUpConv2d(nn.Module):
         if self.parts is None:
             parts, pixels = part_weights(self.plain.weight), x[:, 0].numel()
             self.parts = [torch.ops.mkldnn._reorder_linear_weight(part, pixels) for part in parts]
+            if self.of_a_file:
+                leave_to_the_file(self.plain.weight)
         return up_conv(x, self.parts, self.plain.bias, _packed_product)
 
 
@@ -143,7 +146,7 @@ def _packed_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 
 def unavailable(dtype: torch.dtype) -> str:
-    """Why packed layers cannot be used for this dtype; "" if they can, tried on a small layer of each kind."""
+    """Why packed layers cannot be used for this dtype; "" if they can, tried on small layers of the kinds that differ."""
     if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
         return f"oneDNN has no {str(dtype).removeprefix('torch.')} here"
     with torch.no_grad():
@@ -163,13 +166,13 @@ def unavailable(dtype: torch.dtype) -> str:
     return ""
 
 
-def prepack(model: nn.Module, files: list[range] | None = None) -> None:
+def prepack(model: nn.Module, files: Sequence[range] | None = None) -> None:
     """Swap every Conv2d and Linear inside `model` for its packed twin, one by one, in place."""
     files = mapped_files() if files is None else files
     for name in list(model._modules):                    # by name: a list of layers would keep all plain weights
         layer = model._modules[name]
         if isinstance(layer, UpConv2d):
-            setattr(model, name, PackedUpConv2d(layer))
+            setattr(model, name, PackedUpConv2d(layer, files))
         elif isinstance(layer, nn.Conv2d):
             setattr(model, name, (PackedPointwise if is_pointwise(layer) else PackedConv2d)(layer, files))
         elif type(layer) is GEGLU:
@@ -182,16 +185,21 @@ def prepack(model: nn.Module, files: list[range] | None = None) -> None:
 
 def mapped_files() -> list[range]:
     """The addresses at which files are seen as memory, as a safetensors file is. Linux tells; none elsewhere."""
-    if sys.platform != "linux":
+    try:
+        maps = [line.split() for line in Path("/proc/self/maps").read_bytes().split(b"\n") if line]
+    except OSError:
         return []
-    maps = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
-    return [range(*(int(end, 16) for end in place.split("-"))) for place, _, _, _, inode, *_ in maps if inode != "0"]
+    return [range(*(int(end, 16) for end in place.split(b"-"))) for place, _, _, _, inode, *_ in maps if inode != b"0"]
+
+
+def is_of(files: Sequence[range], weight: Tensor) -> bool:
+    return any(weight.data_ptr() in place for place in files)
 
 
 def leave_to_the_file(weight: Tensor) -> None:
     """Weights of a file that is seen as memory: once they are packed, their pages need no memory any more.
 
-    They stay readable: Linux fetches them again, from the file or from what it still holds of it.
+    They stay readable, as the file has them: Linux fetches them again. What was written to them since is lost.
     """
     dont_need = 4                                                        # of mman.h
     first, end = (address // PAGESIZE * PAGESIZE for address in (weight.data_ptr() + PAGESIZE - 1,

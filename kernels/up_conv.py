@@ -38,14 +38,14 @@ def up_conv(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None,
 
     product(x, weights[i], bias) is x weights[i]^T + bias, whatever form the matrices have by now.
     """
-    batch, channels, height, width = x.shape
+    batch, _, height, width = x.shape
     padded = pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
     parts = [product(windows(padded[:, a:a + height + 1, b:b + width + 1], 2), weights[2 * a + b], bias)
              for a in (0, 1) for b in (0, 1)]                            # 4 of (B, H, W, O)
     y = parts[0].new_empty(batch, height, 2, width, 2, parts[0].shape[-1])
     for i, part in enumerate(parts):
         y[:, :, i // 2, :, i % 2] = part
-    return y.view(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
+    return y.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 def windows(x: Tensor, size: int) -> Tensor:

@@ -164,7 +164,7 @@ def tidy(run: Path) -> None:
     """Remove what a killed process has left half-written."""
     for place in run.glob(".step-*"):
         shutil.rmtree(place, ignore_errors=True)
-    for path in run.rglob(".*.part"):
+    for path in (*run.glob(".*.part"), *run.glob("validation/.*.part")):
         path.unlink(missing_ok=True)
 
 

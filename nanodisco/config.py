@@ -4,7 +4,7 @@ One dataclass a network. A size has no default, so a file that forgets one canno
 come from a YAML file, from the `config.json` of an official folder, or from the shapes of its
 tensors (sizes.py). YAML keys are the field names; an unknown one is refused with the nearest name.
 
-    config = load("config/model/sd-image-variations.yaml", ModelConfig, ["--unet.temporal=true"])
+    config = load("config/model/sd-image-variations.yaml", ["--unet.temporal=true"])
 """
 import copy
 import dataclasses
@@ -138,8 +138,8 @@ class ModelConfig:
             else:
                 require(not net.hole, f"{name}.hole", "needs hint: latents")
                 require(2 ** (len(net.widths) - 1) == self.vae.factor, f"{name}.widths",
-                        f"has {len(net.widths)} entries; expected {self.vae.factor.bit_length()} to reach the latent's "
-                        "size")
+                        f"has {len(net.widths)} entries, the first at full size, each further one at half; the latent is at "
+                        f"1/{self.vae.factor}")
         if diffusion.schedule != "cosine":
             first, last = diffusion.beta_start, diffusion.beta_end
             require(first is not None and last is not None and 0 < first <= last < 1, "diffusion.beta_start",

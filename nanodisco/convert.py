@@ -127,7 +127,7 @@ def bring(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
     refuse_existing(arguments.out)
     if arguments.at_most < 0:
-        raise InputError(f"--at-most {arguments.at_most}; expected 1 or more megabytes")
+        raise InputError(f"--at-most {arguments.at_most}; expected 1 or more megabytes, or 0 for one file")
     dtype = getattr(torch, DTYPES[arguments.dtype]) if arguments.dtype else None
     model = loading.load(*arguments.paths, variant=arguments.variant, config=arguments.config, overrides=overrides,
                          dtype=dtype, seed=arguments.seed)

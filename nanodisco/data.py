@@ -25,7 +25,6 @@ from nanodisco.errors import InputError
 from nanodisco.recipe import DataConfig
 from nanodisco.tsv import Table
 
-
 FIELDS = ("img", "poses", "masks", "vid2line")           # of a set's YAML file
 
 

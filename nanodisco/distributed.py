@@ -40,7 +40,7 @@ class World:
         """NCCL on GPUs, gloo on CPUs; the variables that torchrun sets say who is who."""
         rank, size, local = (int(os.environ.get(name, default)) for name, default in
                              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        if local < torch.cuda.device_count():
+        if device in ("auto", "cuda") and local < torch.cuda.device_count():
             torch.cuda.set_device(local)                                 # before anything is put on the first
         device = device_of(device)
         if device == "cuda" and local >= torch.cuda.device_count():

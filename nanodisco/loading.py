@@ -161,7 +161,7 @@ def _config_of(files: list[Weights], tensors: Tensors, started: dict, path, over
 def _initialise(model: nn.Module, seed: int) -> None:
     """Give every module that no file filled its own start, drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)                        # those of GPUs stay as they are
         for module in model.modules():
             if any(tensor.is_meta for tensor in module.parameters(recurse=False)):
                 module.to_empty(device="cpu", recurse=False)

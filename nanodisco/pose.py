@@ -335,7 +335,7 @@ def align(frames: list[Frame], reference: np.ndarray) -> list[Frame]:
     a, b = a[common], b[common]
     a_mean, b_mean = a.mean(axis=0), b.mean(axis=0)
     z = ((a - a_mean) @ (1, 1j)).conj() @ ((b - b_mean) @ (1, 1j))       # sum of conj(a) b: a turn and a scale
-    if not abs(z):
+    if not min(np.ptp(a, axis=0).max(), np.ptp(b, axis=0).max(), abs(z)) > 0:
         raise InputError("the joints of the reference, or those of the first pose, lie in one place; expected a person")
     scale = abs(z) / ((a - a_mean) ** 2).sum()
     turn = z / abs(z) * scale

@@ -35,7 +35,7 @@ def model(recipe: Recipe, say: Callable[[str], None]) -> DisCo:
                             say=say)
     else:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.train.seed)
+            torch.default_generator.manual_seed(recipe.train.seed)       # those of GPUs stay as they are
             made = DisCo(replace(config, uncond=recipe.uncond or config.uncond))
             made.start_controlnets()
     if not recipe.pose:

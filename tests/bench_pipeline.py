@@ -61,9 +61,11 @@ def diffusers(folder: Path, dtype, channels_last: bool, compiled: bool, frames: 
               device: str = "cpu"):
     import torch
     from diffusers import ControlNetModel, UNet2DConditionModel
+    from diffusers.utils import logging
 
     from nanodisco.config import load as load_config
 
+    logging.set_verbosity_error()
     began = time.perf_counter()
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype)
     pose = ControlNetModel.from_pretrained(folder / "pose", torch_dtype=dtype)
@@ -171,23 +173,26 @@ def compare(dtype: str, rounds: int, compiled: bool, tiny: bool) -> dict:
         def start(name: str) -> None:
             command = [sys.executable, __file__, "--work", name, "--folder", folder, "--dtype", dtype]
             workers[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                             stderr=subprocess.DEVNULL, env=environment)
+                                             env=environment)
+
+        def answer(name: str) -> dict:
+            return json.loads(workers[name].stdout.readline() or sys.exit(f"{name} has ended, as it says above"))
 
         def step(name: str, t: int) -> dict:
             print(t, file=workers[name].stdin, flush=True)
-            return json.loads(workers[name].stdout.readline())
+            return answer(name)
 
         for name in ["ours", *THEIRS] * LOADS:                           # each alone: files in use cannot be forgotten
             forget_files(Path(folder))
             start(name)
-            loaded = json.loads(workers[name].stdout.readline())["loaded"]
+            loaded = answer(name)["loaded"]
             ready[name].append(loaded + step(name, 981)["seconds"])
             workers[name].kill()
             workers.pop(name).wait()
         for name in programs[1:]:                                        # two at a time: four may not fit into memory
             for one in ("ours", name):
                 start(one)
-                json.loads(workers[one].stdout.readline())
+                answer(one)
                 step(one, 981)
             for i in range(1, rounds + 1):
                 for one in workers:

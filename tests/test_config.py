@@ -163,7 +163,7 @@ def test_missing_key_is_refused_by_name(group, key):
     (["--tokens=local-clip"], "unet.context is 12, but tokens=local-clip have CLIP's width 20"),
     (["--pose.hint=depth"], "pose.hint is 'depth'; expected one of pixels, latents"),
     (["--background.hint=pixel"], "background.hint is 'pixel'; expected one of pixels, latents"),
-    (["--pose.widths=[4, 6]"], "pose.widths has 2 entries; expected 3 to reach the latent's size"),
+    (["--pose.widths=[4, 6]"], "pose.widths has 2 entries, the first at full size"),
     (["--pose.hint=latents", "--pose.widths=[]"], "pose.hint is 'latents'; expected 'pixels'"),
     (["--background.channels=5"], "background.channels is 5, but the VAE's latent has 4"),
     (["--unet.groups=0"], "unet.groups holds 0; expected more than 0"),
@@ -174,7 +174,7 @@ def test_missing_key_is_refused_by_name(group, key):
     (["--vae.scaling=.nan"], "vae.scaling holds nan; expected more than 0"),
     (["--diffusion.steps=0"], "diffusion.steps holds 0; expected more than 0"),
     (["--diffusion.beta_end=2"], "diffusion.beta_start to beta_end is 0.00085 to 2.0; expected 0 <"),
-    (["--background.hint=pixels"], "background.widths has 0 entries; expected 3 to reach the latent's size")])
+    (["--background.hint=pixels"], "background.widths has 0 entries, the first at full size")])
 def test_sizes_that_do_not_fit_together_are_refused(arguments, message):
     assert_refused(message, tiny, *arguments)
 

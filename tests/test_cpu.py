@@ -1,5 +1,6 @@
 """Prepacked layers for the CPU: the same numbers."""
 import copy
+import sys
 from mmap import PAGESIZE
 from pathlib import Path
 
@@ -90,6 +91,7 @@ def test_packed_enlargement_gives_the_plain_answer(size, dtype, close):
 
 
 @available
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which memory is of a file")
 def test_weights_of_a_file_leave_memory_once_they_are_packed_and_can_still_be_read(tmp_path):
     save_file({"weight": torch.randn(2**11, 2**11)}, tmp_path / "a.safetensors")
     with safe_open(tmp_path / "a.safetensors", "pt") as file:

@@ -166,7 +166,7 @@ def test_alignment_leaves_missing_joints_missing_and_needs_five_common_ones():
 
 def test_alignment_needs_joints_in_more_than_one_place():
     one_place = person(3)
-    one_place[:, :2] = 50
+    one_place[:, :2] = 0.1
     for first, reference in ((person(3), one_place), (one_place, person(3))):
         with pytest.raises(InputError, match="in one place"):
             pose.align([Frame((first,))], reference)

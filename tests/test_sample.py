@@ -452,6 +452,7 @@ def test_nobody_in_a_pose_is_drawn_black_and_said(place, tmp_path, capsys):
     (["--overlap", 16], "--overlap"),
     (["--fps", 0], "--fps"),
     (["--latents", __file__], "not a safetensors file"), (["--out", __file__], "already there"),
+    (["--out", __file__ + "/x"], "cannot write"),
     (["--out", "/proc/nanodisco"], "cannot write")], ids=str)
 def test_flags_that_make_no_sense_are_refused(place, tmp_path, more, words):
     assert words in refusal(place, tmp_path, *more)

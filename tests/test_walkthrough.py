@@ -52,7 +52,7 @@ def row(start: str) -> str:
 
 @cache
 def full_size(*arguments: str) -> ModelConfig:
-    return load(OFFICIAL, ModelConfig, list(arguments))
+    return load(OFFICIAL, list(arguments))
 
 
 @cache

@@ -3,13 +3,14 @@ import json
 from dataclasses import replace
 from functools import cache
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from formula import build, given, golden, model, weight
-from nanodisco import loading, names, unpickle, weights
-from nanodisco.config import load as load_config
+from nanodisco import diffusion, loading, names, sizes, unpickle, weights
+from nanodisco.config import load as load_config, to_dict
 from nanodisco.disco import Conditions, DisCo
 from nanodisco.errors import InputError
 
@@ -216,6 +217,15 @@ def test_the_exported_config_json_says_what_the_official_one_says(sd, tmp_path):
         if component in names.DIFFUSERS_FOLDERS:
             ours = json.loads((tmp_path / "out" / component / "config.json").read_text())
             assert {key: wanted[key] for key in ours} == ours
+
+
+def test_zero_snr_survives_a_diffusers_folder_and_is_what_diffusers_makes_of_it():
+    config = model("image").config
+    config = replace(config, diffusion=replace(config.diffusion, prediction="v", zero_snr=True))
+    files = sizes.to_config_json(config)
+    assert sizes.from_config_json(files)["diffusion"] == to_dict(config.diffusion)
+    theirs = diffusers.DDIMScheduler.from_config(files["scheduler"]).alphas_cumprod
+    assert (theirs - diffusion.alpha_bars(config.diffusion)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("variant", ["stage1", "image", "temporal"])

@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 run=output/nano
-processes=${PROCESSES:-$(python -c 'import torch; n = torch.cuda.device_count() or 2; print(4 if n > 3 else min(n, 2))')}
+processes=${PROCESSES:-$(python -c 'import torch; n = torch.cuda.device_count(); print(4 if n > 3 else 2 - (n == 1))')}
 cores=$(getconf _NPROCESSORS_ONLN)
 
 train() {                              # train STAGE PROCESSES [flags of train.py]
