@@ -146,7 +146,7 @@ def _packed_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 
 def unavailable(dtype: torch.dtype) -> str:
-    """Why packed layers cannot be used for this dtype; "" if they can, tried on small layers of the kinds that differ."""
+    """Why packed layers cannot be used for this dtype; "" if they can, tried on small layers."""
     if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
         return f"oneDNN has no {str(dtype).removeprefix('torch.')} here"
     with torch.no_grad():

@@ -138,8 +138,8 @@ class ModelConfig:
             else:
                 require(not net.hole, f"{name}.hole", "needs hint: latents")
                 require(2 ** (len(net.widths) - 1) == self.vae.factor, f"{name}.widths",
-                        f"has {len(net.widths)} entries, the first at full size, each further one at half; the latent is at "
-                        f"1/{self.vae.factor}")
+                        f"has {len(net.widths)} entries, the first at full size, each further one at half; the latent "
+                        f"is at 1/{self.vae.factor}")
         if diffusion.schedule != "cosine":
             first, last = diffusion.beta_start, diffusion.beta_end
             require(first is not None and last is not None and 0 < first <= last < 1, "diffusion.beta_start",

@@ -180,7 +180,7 @@ def to_config_json(config: ModelConfig) -> dict[str, dict]:
 def check_config_json(files: dict[str, dict], config: ModelConfig, folder: Path) -> None:
     """Refuse a folder whose config.json asks for something else than its tensors or our code do."""
     free = ("_class_name", "architectures", "clip_sample", "set_alpha_to_one", "skip_prk_steps", "steps_offset",
-            "timestep_spacing", "attention_head_dim")      # the sampler's are set by the official code; heads may be a list
+            "timestep_spacing", "attention_head_dim")      # the sampler's the official code sets; heads may be a list
     for network, expected in to_config_json(config).items():
         for key, value in expected.items():
             there = files.get(network, {}).get(key)
