@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from nanodisco.config import ControlNetConfig, UNetConfig
+from nanodisco.layers import ZeroConv2d
 from nanodisco.memo import Memo
-from nanodisco.temporal import ZeroConv2d
 from nanodisco.transformer import Context
 from nanodisco.unet import Encoder
 

@@ -19,6 +19,7 @@ PATIENCE = timedelta(hours=2)          # all wait while one validates or saves
 
 
 def device_of(name: str) -> str:
+    """The device that "auto" means here, or the named one; InputError if that is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

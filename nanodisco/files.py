@@ -11,7 +11,7 @@ from nanodisco.errors import InputError
 
 
 def refuse_existing(path: str | Path) -> None:
-    """Before the work rather than after it."""
+    """InputError if something is there. To be asked before the work, not after it."""
     if Path(path).exists():
         raise InputError(f"{path} is already there; remove it or choose another name")
 

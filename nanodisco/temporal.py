@@ -37,10 +37,6 @@ class ZeroConv1d(Zero, nn.Conv1d):
     pass
 
 
-class ZeroConv2d(Zero, nn.Conv2d):
-    """ControlNet's way of joining a trained network unnoticed."""
-
-
 class ZeroLinear(Zero, nn.Linear):
     pass
 

@@ -102,6 +102,13 @@ def test_attention_in_float32_is_whole_where_scores_are_too_large_for_powers_of_
 
 
 @torch.no_grad()
+def test_attention_in_float32_is_whole_where_only_the_sum_of_values_is_too_large():
+    q = torch.full((1, attention_cpu.LONG, 1, 32), (110 * math.log(2) * 32 ** -0.5) ** 0.5)       # 2^X is 2^110
+    v = torch.full((1, 20, 1, 32), 2.0**30)
+    assert (attention_reference(q, q[:, :20], v) / 2**30 - 1).abs().max() < 1e-5
+
+
+@torch.no_grad()
 def test_attention_in_bfloat16_is_whole_where_one_key_outshines_those_that_were_looked_at(monkeypatch):
     monkeypatch.setattr(attention_cpu, "MANY", 0)
     q, k, v = (normal(1, rows, 1, 8, seed=i).bfloat16() for i, rows in enumerate((5, 20, 20)))

@@ -10,6 +10,7 @@ from formula import model
 from torch import nn
 
 from nanodisco import muon
+from nanodisco.disco import DisCo
 from nanodisco.distributed import World
 from nanodisco.muon import Muon
 
@@ -144,3 +145,10 @@ def test_processes_that_share_the_work_have_the_bits_of_one_that_does_it_all(sha
 def test_no_thread_outlives_the_group_that_it_worked_for(shared):
     """It would abort its process, now and then, at the very end."""
     assert [made["threads"] for made in shared] == [[], [], []]
+
+
+def test_what_begins_as_zero_is_left_to_adamw():
+    torch.manual_seed(0)
+    fresh = DisCo(model("temporal").config)                              # with temporal layers and ControlNets of zeros
+    moved = muon.matrices(fresh.named_parameters())
+    assert moved and all(p.any() for p in moved)
