@@ -36,13 +36,14 @@ def in_bfloat16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     A score has eight bits between the products, too few if it is large. So m is taken from it inside of the first
     one, where all is float32 still: the largest score among every eighth key. As a rule that is nearly the largest
     of all, and the scores that count come out near 0, where bfloat16 is fine; else they are rounded as they would
-    have been without m.
+    have been without m. PyTorch finds the largest of columns faster than of rows: so those scores are K Q^T.
     """
     out, scale = [], q.shape[-1] ** -0.5 * log2(e)
-    queries, keys, values = q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), pad(v.flatten(0, 1), (0, 1), value=1)
+    queries, keys, values = q.flatten(0, 1), k.flatten(0, 1).contiguous(), pad(v.flatten(0, 1), (0, 1), value=1)
     for some in queries.split(max(1, AT_ONCE // (len(queries) * k.shape[2])), dim=1):
-        m = torch.baddbmm(q.new_empty(()), some, keys[:, :, ::8], beta=0, alpha=-scale).amin(-1, keepdim=True)
-        out.append(torch.baddbmm(m, some, keys, alpha=scale).exp2_() @ values)
+        sample = torch.baddbmm(q.new_empty(()), keys[:, ::8], some.transpose(1, 2), beta=0, alpha=-scale)
+        scores = torch.baddbmm(sample.amin(1).unsqueeze(2), some, keys.transpose(1, 2), alpha=scale)
+        out.append(scores.exp2_() @ values)
     y, total = torch.cat(out, dim=1).view(*q.shape[:-1], -1).split((v.shape[-1], 1), dim=-1)
     return y / total if _held(total) else scaled_dot_product_attention(q, k, v)
 

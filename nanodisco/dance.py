@@ -30,7 +30,8 @@ from nanodisco.errors import InputError
 from nanodisco.files import write_text
 from nanodisco.guidance import Guided, windowed, windows
 from nanodisco.loading import for_inference, load, refuse_unfinished
-from nanodisco.sampling import frame_noise, sample
+from nanodisco.memo import Row, rows
+from nanodisco.sampling import frame_noise, sample, timesteps
 from nanodisco.temporal import fold, unfold
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -151,10 +152,11 @@ def _run(model: DisCo, given: Namespace, source: Track | Set) -> int:
     video_model = model.config.unet.temporal
     start = Start(given, model)
     batches = source.batches(given, video_model)
-    calls = given.steps + (given.scheduler == "pndm" and given.steps > 1)
-    times: dict = {}
+    alpha_bars = model.alpha_bars()
+    calls = timesteps(given.scheduler, given.steps, len(alpha_bars), zero_snr=bool(alpha_bars[-1] == 0))
+    times = dict(zip(calls, rows(torch.tensor(calls, device=model.device))))
     guided = seen = None
-    with Results(given, model) as results, tqdm(total=calls * len(batches), unit="step", disable=None) as bar:
+    with Results(given, model) as results, tqdm(total=len(calls) * len(batches), unit="step", disable=None) as bar:
         for frames in batches:
             shown = source.shown(frames, model.config.clip, together=video_model)
             if seen is None or not all(map(torch.equal, seen, (shown.reference, shown.background))):
@@ -165,7 +167,7 @@ def _run(model: DisCo, given: Namespace, source: Track | Set) -> int:
     return results.count
 
 
-def _guided(model: DisCo, given: Namespace, shown: Shown, start: "Start", times: dict) -> Guided:
+def _guided(model: DisCo, given: Namespace, shown: Shown, start: "Start", times: dict[int, Row]) -> Guided:
     """Encode reference and background, once for all batches that show the same."""
     device = model.device
     seen = model.conditions(shown.reference.to(device), shown.background.to(device, model.dtype), None,

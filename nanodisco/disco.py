@@ -19,14 +19,14 @@ from nanodisco import diffusion
 from nanodisco.clip import ImageEncoder
 from nanodisco.config import ModelConfig
 from nanodisco.controlnet import ControlNet
-from nanodisco.graph import together
 from nanodisco.memo import Memo
 from nanodisco.temporal import fold, unfold
+from nanodisco.together import together
 from nanodisco.transformer import Context
 from nanodisco.unet import UNet
 from nanodisco.vae import VAE
 
-FEW = 4                                # pictures for which a network leaves most of a GPU idle
+FEW = 4                                # pictures up to which networks at the same time are faster than in turn
 
 
 @dataclass
@@ -141,7 +141,8 @@ class DisCo(nn.Module):
         if self.background is not None:
             assert background is not None, "this model has a background net; it needs a background"
             networks.append(partial(self.background, z, t, tokens, background, frames, background_scale))
-        encoded, *found = together(*networks, small=len(z) <= FEW)
+        at_once = len(z) <= FEW
+        encoded, *found = together(*networks, device=z.device) if at_once else [network() for network in networks]
         residuals = [sum(more, first) for first, *more in zip(*found)] if found else None
         out = self.unet(z, t, tokens, residuals, frames, encoded).to(zt.dtype)
         return unfold(out, frames) if zt.ndim == 5 else out

@@ -5,6 +5,8 @@ what was wrong, what was expected and what to do; exit code 2; no traceback; not
 A traceback therefore means a bug of ours, or, with many processes, that another one is gone.
 """
 import errno
+import os
+import select
 import sys
 
 
@@ -13,12 +15,18 @@ class InputError(Exception):
 
 
 def run(main) -> None:
-    """Call `main()` as the body of a command line: InputError exits with 2, Ctrl-C with 130."""
+    """Call `main()` as the body of a command line: InputError exits with 2, Ctrl-C with 130, `| head` with 141."""
     try:
         main()
+        sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        if not reader_is_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # or Python complains as it ends
+        sys.exit(141)                                                    # as a shell counts it
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
@@ -27,3 +35,10 @@ def run(main) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def reader_is_gone() -> bool:
+    """Whether it is our stdout that nobody reads any more, and not some other pipe."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

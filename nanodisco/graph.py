@@ -8,7 +8,6 @@ copied into buffers of its own, the answer is copied out, and inputs of another 
 """
 import sys
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -67,31 +66,6 @@ class Captured:
             self.record = None
         else:
             self.graphs[shape] = buffers, replay, out
-
-
-def together(*functions: Callable, small: bool = True) -> list:
-    """What each of them returns. If `small` and captured in a graph for inference they are branches of it, which may
-    run at the same time: at one frame a kernel leaves most of a GPU idle. They must not need each other. Each needs
-    memory of its own then.
-    """
-    one_by_one = not small or torch.compiler.is_compiling() or torch.is_grad_enabled() or not torch.cuda.is_available()
-    if one_by_one or not torch.cuda.is_current_stream_capturing():
-        return [function() for function in functions]
-    main, results = torch.cuda.current_stream(), []
-    sides = _sides(main.device, len(functions))
-    for side, function in zip(sides, functions):
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            results.append(function())
-    for side in sides:
-        main.wait_stream(side)
-    return results
-
-
-@cache
-def _sides(device: torch.device, count: int) -> list:
-    """The same streams each time: a stream that has multiplied matrices once keeps memory for it."""
-    return [torch.cuda.Stream(device) for _ in range(count)]
 
 
 def record_cuda(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:

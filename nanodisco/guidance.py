@@ -56,7 +56,7 @@ class Guided:
 
     With `cache` nothing is computed twice: keys and values of the tokens, pose and background hints and the
     time embeddings are kept; both halves are one until the first cross-attention; tokens of zeros are not
-    attended to. `times` may be shared by all Guided of one model: the steps are the same.
+    attended to. `times`, a Memo of each step, may be shared by all Guided of one model: the steps are the same.
     On top of that all of a step can be one CUDA graph (`graph`; None: on a GPU), compiled before (`compiled`).
     """
 

@@ -7,6 +7,8 @@ Training makes it anew each time: the layers themselves change.
 
     tokens = Memo(tokens, keep=True)
     k_v = tokens.through(layer)        # layer(tokens) at the first call, the same tensor afterwards
+    steps = rows(torch.tensor([981, 961, 941]))
+    steps[1].through(layer)            # of all three at once, at the first call; the one of 961
 """
 from collections.abc import Callable
 
@@ -44,3 +46,20 @@ class Memo:
     def through(self, layer: Callable[[Tensor], Tensor]) -> Tensor:
         """layer(x)."""
         return self.then(layer).x
+
+
+class Row(Memo):
+    """One row of a kept Memo. Layers are given all of its rows, and so read their weights once for all of them."""
+
+    def __init__(self, memo: Memo, i: int):
+        super().__init__(memo.x[i:i + 1])
+        self.memo, self.i = memo, i
+
+    def then(self, layer: Callable[[Tensor], Tensor]) -> "Row":
+        return Row(self.memo.then(layer), self.i)
+
+
+def rows(x: Tensor) -> list[Row]:
+    """Each row (1, ...) of x, for layers that treat rows alike."""
+    memo = Memo(x, keep=True)
+    return [Row(memo, i) for i in range(len(x))]

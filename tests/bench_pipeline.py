@@ -25,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 THEIRS = ("diffusers NCHW", "diffusers NHWC")
+STEPS = range(981, 0, -20)             # as DDIM has them
 LOADS = 3                              # times that each program is started to see how long it loads
 LIMITS = {"bf16": 0.55, "fp32": 0.45}
 
@@ -46,13 +47,15 @@ def ours(folder: Path, dtype):
 
     from nanodisco.guidance import Guided
     from nanodisco.loading import for_inference, load
+    from nanodisco.memo import rows
 
     began = time.perf_counter()
     model = load(folder / "ours", dtype=dtype, say=lambda text: None)
     model.vae = model.clip = None                                        # not part of a step; diffusers loads neither
     model = for_inference(model, "cpu")
     given = inputs(model.config, dtype)
-    guided = Guided(model, given["tokens"], given["background"], torch.zeros_like(given["tokens"]), guidance=2.0)
+    guided = Guided(model, given["tokens"], given["background"], torch.zeros_like(given["tokens"]), guidance=2.0,
+                    times=dict(zip(STEPS, rows(torch.tensor(STEPS)))))
     predict = guided(given["pose"])
     return time.perf_counter() - began, lambda t: predict(given["z"], torch.tensor([t]))
 

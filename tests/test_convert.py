@@ -110,6 +110,13 @@ def test_help_answers_before_torch_is_imported():
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
+def test_a_reader_that_leaves_early_ends_it_quietly():
+    inspect = subprocess.Popen([sys.executable, "-m", "nanodisco.convert", "inspect", str(NANO)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, cwd=NANO.parent.parent)
+    inspect.stdout.close()
+    assert (inspect.communicate()[1], inspect.returncode) == (b"", 141)
+
+
 def test_a_configuration_file_fills_in_what_the_files_do_not_say(tmp_path):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(to_dict(model("image").config)))
     loaded = quiet(write_checkpoint(tmp_path / "alone.pt"), config=tmp_path / "tiny.yaml")

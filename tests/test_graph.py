@@ -5,7 +5,7 @@ from formula import build, given, model
 from test_guidance import answers
 
 from nanodisco import graph
-from nanodisco.graph import KEPT, Captured, together
+from nanodisco.graph import KEPT, Captured
 from nanodisco.guidance import Guided
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -52,22 +52,6 @@ def test_out_of_memory_is_not_taken_for_a_step_without_a_graph():
         raise torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(torch.OutOfMemoryError):
         Captured(lambda x: x * 2, record)(torch.ones(1))
-
-
-def test_what_runs_together_answers_in_order():
-    assert together(lambda: 1, lambda: [2], lambda: "3") == [1, [2], "3"]
-
-
-@needs_gpu
-def test_branches_of_a_graph_begin_and_end_with_what_is_around_them():
-    def around(x):
-        x = (x @ x).cos()
-        return sum(together(lambda: (x @ x).sin(), lambda: x @ x @ x, lambda: x + 1))
-    xs = torch.randn(3, 2048, 2048, device="cuda")
-    captured = Captured(torch.no_grad()(around))
-    for x in xs:
-        torch.testing.assert_close(captured(x), around(x))
-    assert captured.graphs
 
 
 @pytest.mark.parametrize("variant", ["image", "temporal"])

@@ -5,14 +5,14 @@ from formula import build, given, model
 
 from nanodisco import guidance
 from nanodisco.guidance import Guided, windowed, windows
-from nanodisco.memo import Memo
+from nanodisco.memo import Memo, rows
 
 
-def guided(variant="image", guidance=3.0, uncond=None, cache=True, batch=2):
+def guided(variant="image", guidance=3.0, uncond=None, cache=True, times=None):
     """All pictures share one reference."""
     tokens, background = given("tokens")[:1], given("bg_latents")[:1]
     return Guided(model(variant), tokens, background, torch.zeros_like(tokens) if uncond is None else uncond,
-                  guidance, 0.7, 1.3, cache)
+                  guidance, 0.7, 1.3, cache, times)
 
 
 @torch.no_grad()
@@ -85,6 +85,19 @@ def test_memo_keeps_only_when_asked():
     for keep, wanted in ((False, 2), (True, 3)):
         memo = Memo(torch.ones(1), keep)
         assert memo.through(layer) == memo.through(layer) == 2 and len(made) == wanted
+
+
+def test_rows_of_a_memo_are_made_all_at_once():
+    made = []
+    layer = lambda x: made.append(len(x)) or 2 * x                               # noqa: E731
+    chained = [row.then(layer).through(torch.neg) for row in rows(torch.arange(3.0))]
+    assert torch.equal(torch.stack(chained), torch.tensor([[0.0], [-2.0], [-4.0]])) and made == [3]
+
+
+def test_steps_that_are_known_are_embedded_at_once():
+    steps = [0, 100, 200]
+    assert calls("unet.encoder.time", guided(times=dict(zip(steps, rows(torch.tensor(steps)))))) == (1, 3)
+    assert calls("unet.encoder.time", guided()) == (3, 1)
 
 
 # ---- Windows ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ ROWS = [                               # a file imports only from rows above its
     ["kernels"],
     ["errors"],
     ["config", "distributed", "files", "graph", "lora", "memo", "metrics", "muon", "names", "shapes", "temporal",
-     "transforms", "tsv", "unpickle"],
+     "together", "transforms", "tsv", "unpickle"],
     ["pose"],
     ["crops", "diffusion", "estimate", "layers", "recipe", "rooms", "sizes", "transformer", "video"],
     ["clip", "dancers", "inputs", "optim", "sampling", "vae", "weights"],

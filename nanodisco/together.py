@@ -1,0 +1,62 @@
+"""Together: networks that do not need each other, at the same time, where that is faster. For inference.
+
+On a GPU a kernel of one frame leaves most of it idle: networks captured in a CUDA graph are branches of it.
+On a CPU the threads that share a layer wait for each other at its end, the more of them the longer: two networks
+with half of the cores each wait less than one with all of them. Each network needs memory of its own then.
+"""
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
+
+import torch
+
+
+def together(*functions: Callable, device: torch.device) -> list:
+    """What each of them returns, all at once on a GPU, the last two at once on a CPU."""
+    if not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(device.type)):
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return _as_branches(functions, device)
+        if device.type == "cpu" and len(functions) > 1 and torch.get_num_threads() % 2 == 0:
+            *before, first, second = functions
+            return [function() for function in before] + _in_two_threads(first, second)
+    return [function() for function in functions]
+
+
+def _as_branches(functions: Sequence[Callable], device: torch.device) -> list:
+    main, results = torch.cuda.current_stream(device), []
+    sides = _streams(device, len(functions))
+    for side, function in zip(sides, functions):
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            results.append(function())
+    for side in sides:
+        main.wait_stream(side)
+    return results
+
+
+@cache
+def _streams(device: torch.device, count: int) -> list:
+    """The same each time: a stream that has multiplied matrices once keeps memory for it."""
+    return [torch.cuda.Stream(device) for _ in range(count)]
+
+
+def _in_two_threads(first: Callable, second: Callable) -> list:
+    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+
+    def beside():
+        torch.set_num_threads(threads // 2)                              # this and the modes are a thread's own
+        with torch.inference_mode(inference), torch.no_grad():
+            return second()
+
+    torch.set_num_threads(threads // 2)
+    later = _helper().submit(beside)
+    try:
+        return [first(), later.result()]
+    finally:
+        wait([later])
+        torch.set_num_threads(threads)
+
+
+@cache
+def _helper() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1)
