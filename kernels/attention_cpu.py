@@ -36,7 +36,8 @@ def in_bfloat16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     A score has eight bits between the products, too few if it is large. So m is taken from it inside of the first
     one, where all is float32 still: the largest score among every eighth key. As a rule that is nearly the largest
     of all, and the scores that count come out near 0, where bfloat16 is fine; else they are rounded as they would
-    have been without m. PyTorch finds the largest of columns faster than of rows: so those scores are K Q^T.
+    have been without m. PyTorch finds the largest of columns faster than of rows: so those scores are K Q^T, and
+    negative, since -m is what is added.
     """
     out, scale = [], q.shape[-1] ** -0.5 * log2(e)
     queries, keys, values = q.flatten(0, 1), k.flatten(0, 1).contiguous(), pad(v.flatten(0, 1), (0, 1), value=1)

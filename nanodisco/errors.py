@@ -17,8 +17,10 @@ class InputError(Exception):
 def run(main) -> None:
     """Call `main()` as the body of a command line: InputError exits with 2, Ctrl-C with 130, `| head` with 141."""
     try:
-        main()
-        sys.stdout.flush()
+        try:
+            main()
+        finally:                                                         # --help ends main by an exception
+            sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -41,4 +43,4 @@ def reader_is_gone() -> bool:
     """Whether it is our stdout that nobody reads any more, and not some other pipe."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

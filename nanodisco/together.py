@@ -1,22 +1,26 @@
 """Together: networks that do not need each other, at the same time, where that is faster. For inference.
 
 On a GPU a kernel of one frame leaves most of it idle: networks captured in a CUDA graph are branches of it.
-On a CPU the threads that share a layer wait for each other at its end, the more of them the longer: two networks
-with half of the cores each wait less than one with all of them. Each network needs memory of its own then.
+On a CPU the threads that share a layer wait for each other at its end: two networks with half of the cores each
+wait less than one with all of them (measured on two cores). Each network needs memory of its own then.
 """
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 
 import torch
 
+from kernels import backend
+
 
 def together(*functions: Callable, device: torch.device) -> list:
-    """What each of them returns, all at once on a GPU, the last two at once on a CPU."""
+    """What each of them returns, all at once on a GPU, the last two at once on a CPU. Not to be called in one of them."""
     if not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(device.type)):
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return _as_branches(functions, device)
-        if device.type == "cpu" and len(functions) > 1 and torch.get_num_threads() % 2 == 0:
+        interpreted = backend.MODE == "triton"                           # Triton's interpreter knows no threads
+        if device.type == "cpu" and len(functions) > 1 and torch.get_num_threads() % 2 == 0 and not interpreted:
             *before, first, second = functions
             return [function() for function in before] + _in_two_threads(first, second)
     return [function() for function in functions]
@@ -44,19 +48,25 @@ def _in_two_threads(first: Callable, second: Callable) -> list:
     threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
 
     def beside():
-        torch.set_num_threads(threads // 2)                              # this and the modes are a thread's own
+        torch.set_num_threads(threads // 2)                              # of this thread; so are the modes
         with torch.inference_mode(inference), torch.no_grad():
             return second()
 
-    torch.set_num_threads(threads // 2)
-    later = _helper().submit(beside)
     try:
-        return [first(), later.result()]
+        torch.set_num_threads(threads // 2)
+        later = _helper().submit(beside)
+        try:
+            return [first(), later.result()]
+        finally:
+            wait([later])
     finally:
-        wait([later])
         torch.set_num_threads(threads)
 
 
 @cache
 def _helper() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_helper.cache_clear)              # a child has none of the parent's threads

@@ -111,8 +111,8 @@ def test_help_answers_before_torch_is_imported():
 
 
 def test_a_reader_that_leaves_early_ends_it_quietly():
-    inspect = subprocess.Popen([sys.executable, "-m", "nanodisco.convert", "inspect", str(NANO)], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, cwd=NANO.parent.parent)
+    inspect = subprocess.Popen([sys.executable, "-m", "nanodisco.convert", "inspect", str(NANO)],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=NANO.parent.parent)
     inspect.stdout.close()
     assert (inspect.communicate()[1], inspect.returncode) == (b"", 141)
 

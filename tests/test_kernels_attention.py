@@ -83,7 +83,7 @@ def temporal_formula(q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
 def error(got: Tensor, wanted: Tensor) -> float:
     assert got.shape == wanted.shape
     difference = got.detach().double().cpu() - wanted.detach()
-    size = wanted.norm() or wanted.numel() ** 0.5                     # of one key, dQ and dK are zero, but its terms 1
+    size = wanted.norm() or wanted.numel() ** 0.5                     # of one key, dQ and dK are exactly zero
     return (difference.norm() / size).item()
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from formula import given, model
 
+from kernels import backend
 from nanodisco.graph import Captured
 from nanodisco.guidance import Guided
 from nanodisco.together import together
@@ -46,9 +47,13 @@ def test_both_run_in_the_mode_of_what_is_around_them(two_cores, around):
         assert modes == [(False, around is torch.inference_mode)] * 2
 
 
-def test_with_gradients_or_under_autocast_they_run_in_turn(two_cores):
+def test_where_threads_do_not_know_of_each_other_they_run_in_turn(two_cores, monkeypatch):
+    """Gradients and autocast are a thread's own; Triton's interpreter is for one."""
     assert together(*[threading.get_ident] * 3, device=CPU) == [threading.get_ident()] * 3
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert together(*[threading.get_ident] * 3, device=CPU) == [threading.get_ident()] * 3
+    monkeypatch.setattr(backend, "MODE", "triton")
+    with torch.no_grad():
         assert together(*[threading.get_ident] * 3, device=CPU) == [threading.get_ident()] * 3
 
 
