@@ -15,7 +15,7 @@ from kernels import backend
 
 
 def together(*functions: Callable, device: torch.device) -> list:
-    """What each of them returns, all at once on a GPU, the last two at once on a CPU. Not to be called in one of them."""
+    """What each of them returns, all at once on a GPU, the last two at once on a CPU. None of them may call this."""
     if not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(device.type)):
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return _as_branches(functions, device)
