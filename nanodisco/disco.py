@@ -26,7 +26,8 @@ from nanodisco.transformer import Context
 from nanodisco.unet import UNet
 from nanodisco.vae import VAE
 
-FEW = 4                                # pictures up to which networks at the same time are faster than in turn
+FEW = 4                                # pictures up to which networks run at the same time,
+WIDE = 128                             # and channels from which on: on a CPU small networks are faster in turn
 
 
 @dataclass
@@ -141,7 +142,7 @@ class DisCo(nn.Module):
         if self.background is not None:
             assert background is not None, "this model has a background net; it needs a background"
             networks.append(partial(self.background, z, t, tokens, background, frames, background_scale))
-        at_once = len(z) <= FEW
+        at_once = len(z) <= FEW and (z.is_cuda or self.config.unet.widths[0] >= WIDE)
         encoded, *found = together(*networks, device=z.device) if at_once else [network() for network in networks]
         residuals = [sum(more, first) for first, *more in zip(*found)] if found else None
         out = self.unet(z, t, tokens, residuals, frames, encoded).to(zt.dtype)

@@ -7,6 +7,7 @@ import torch
 from formula import given, model
 
 from kernels import backend
+from nanodisco import disco
 from nanodisco.graph import Captured
 from nanodisco.guidance import Guided
 from nanodisco.together import together
@@ -75,7 +76,8 @@ def test_an_error_is_raised_when_the_other_has_ended(two_cores, which):
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", ["image", "temporal"])
-def test_the_networks_answer_as_they_do_in_turn(two_cores, variant):
+def test_the_networks_answer_as_they_do_in_turn(two_cores, monkeypatch, variant):
+    monkeypatch.setattr(disco, "WIDE", 0)
     image = variant == "image"
     z, pose = (given("latents"), given("pose")) if image else (given("t_latents")[:1], given("t_pose")[:1])
     t, tokens = torch.full((len(z),), 500), given("tokens")[:1]
