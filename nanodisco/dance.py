@@ -30,7 +30,7 @@ from nanodisco.errors import InputError
 from nanodisco.files import write_text
 from nanodisco.guidance import Guided, windowed, windows
 from nanodisco.loading import for_inference, load, refuse_unfinished
-from nanodisco.memo import Row, rows
+from nanodisco.memo import Row, of_each
 from nanodisco.sampling import frame_noise, sample, timesteps
 from nanodisco.temporal import fold, unfold
 
@@ -154,7 +154,7 @@ def _run(model: DisCo, given: Namespace, source: Track | Set) -> int:
     batches = source.batches(given, video_model)
     alpha_bars = model.alpha_bars()
     calls = timesteps(given.scheduler, given.steps, len(alpha_bars), zero_snr=bool(alpha_bars[-1] == 0))
-    times = dict(zip(calls, rows(torch.tensor(calls, device=model.device))))
+    times = of_each(calls, model.device)
     guided = seen = None
     with Results(given, model) as results, tqdm(total=len(calls) * len(batches), unit="step", disable=None) as bar:
         for frames in batches:

@@ -7,11 +7,12 @@ Training makes it anew each time: the layers themselves change.
 
     tokens = Memo(tokens, keep=True)
     k_v = tokens.through(layer)        # layer(tokens) at the first call, the same tensor afterwards
-    steps = rows(torch.tensor([981, 961, 941]))
-    steps[1].through(layer)            # of all three at once, at the first call; the one of 961
+    times = of_each([981, 961, 941])
+    times[961].through(layer)          # layer of all three at once, at the first call; of them the row of 961
 """
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -59,7 +60,7 @@ class Row(Memo):
         return Row(self.memo.then(layer), self.i)
 
 
-def rows(x: Tensor) -> list[Row]:
-    """Each row (1, ...) of x, for layers that treat rows alike."""
-    memo = Memo(x, keep=True)
-    return [Row(memo, i) for i in range(len(x))]
+def of_each(numbers: Sequence[int], device: torch.device | None = None) -> dict[int, Row]:
+    """A Memo (1,) of each number, for layers that treat rows alike."""
+    memo = Memo(torch.tensor(numbers, device=device), keep=True)
+    return {number: Row(memo, i) for i, number in enumerate(numbers)}

@@ -16,14 +16,18 @@ from kernels import backend
 
 def together(*functions: Callable, device: torch.device) -> list:
     """What each of them returns, all at once on a GPU, the last two at once on a CPU. None of them may call this."""
-    if not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(device.type)):
+    if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return _as_branches(functions, device)
-        interpreted = backend.MODE == "triton"                           # Triton's interpreter knows no threads
-        if device.type == "cpu" and len(functions) > 1 and torch.get_num_threads() % 2 == 0 and not interpreted:
+        if device.type == "cpu" and len(functions) > 1 and _threads_suit():
             *before, first, second = functions
             return [function() for function in before] + _in_two_threads(first, second)
     return [function() for function in functions]
+
+
+def _threads_suit() -> bool:
+    """Autocast is on in one thread only, and Triton's interpreter is for one; an odd number of cores has no halves."""
+    return not (torch.is_autocast_enabled("cpu") or backend.MODE == "triton" or torch.get_num_threads() % 2)
 
 
 def _as_branches(functions: Sequence[Callable], device: torch.device) -> list:

@@ -47,7 +47,7 @@ def ours(folder: Path, dtype):
 
     from nanodisco.guidance import Guided
     from nanodisco.loading import for_inference, load
-    from nanodisco.memo import rows
+    from nanodisco.memo import of_each
 
     began = time.perf_counter()
     model = load(folder / "ours", dtype=dtype, say=lambda text: None)
@@ -55,7 +55,7 @@ def ours(folder: Path, dtype):
     model = for_inference(model, "cpu")
     given = inputs(model.config, dtype)
     guided = Guided(model, given["tokens"], given["background"], torch.zeros_like(given["tokens"]), guidance=2.0,
-                    times=dict(zip(STEPS, rows(torch.tensor(STEPS)))))
+                    times=of_each(STEPS))
     predict = guided(given["pose"])
     return time.perf_counter() - began, lambda t: predict(given["z"], torch.tensor([t]))
 

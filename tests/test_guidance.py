@@ -5,7 +5,7 @@ from formula import build, given, model
 
 from nanodisco import guidance
 from nanodisco.guidance import Guided, windowed, windows
-from nanodisco.memo import Memo, rows
+from nanodisco.memo import Memo, of_each
 
 
 def guided(variant="image", guidance=3.0, uncond=None, cache=True, times=None):
@@ -90,13 +90,12 @@ def test_memo_keeps_only_when_asked():
 def test_rows_of_a_memo_are_made_all_at_once():
     made = []
     layer = lambda x: made.append(len(x)) or 2 * x                               # noqa: E731
-    chained = [row.then(layer).through(torch.neg) for row in rows(torch.arange(3.0))]
-    assert torch.equal(torch.stack(chained), torch.tensor([[0.0], [-2.0], [-4.0]])) and made == [3]
+    chained = {number: row.then(layer).through(torch.neg) for number, row in of_each([5, 1, 3]).items()}
+    assert chained == {5: -10, 1: -2, 3: -6} and made == [3]
 
 
 def test_steps_that_are_known_are_embedded_at_once():
-    steps = [0, 100, 200]
-    assert calls("unet.encoder.time", guided(times=dict(zip(steps, rows(torch.tensor(steps)))))) == (1, 3)
+    assert calls("unet.encoder.time", guided(times=of_each([0, 100, 200]))) == (1, 3)
     assert calls("unet.encoder.time", guided()) == (3, 1)
 
 

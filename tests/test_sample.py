@@ -26,6 +26,7 @@ from kernels.cpu import PackedLinear
 from nanodisco import dance, data, transforms, video, weights
 from nanodisco.disco import DisCo
 from nanodisco.errors import InputError
+from nanodisco.layers import TimeEmbedding
 
 ROOT = Path(__file__).parent.parent
 RUNS = golden("image/end_to_end.safetensors")
@@ -141,6 +142,19 @@ def test_another_batch_or_length_changes_nothing_beyond_rounding(place, tmp_path
         made[name] = torch.cat(made[name])
     assert (made["ones"] - made["all"]).abs().max() <= 1e-5 and len(made["fewer"]) == 5
     assert (made["fewer"] - made["all"][:5]).abs().max() <= 1e-5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in a CUDA graph the time is embedded anew")
+@pytest.mark.parametrize("scheduler, rows", [("ddim", 3), ("pndm", 4), ("ddpm", 3), ("dpm++", 3)])
+def test_the_steps_of_a_run_are_embedded_at_once(place, tmp_path, monkeypatch, scheduler, rows):
+    embedded, forward = [], TimeEmbedding.forward
+
+    def noted(self, t):
+        embedded.append(len(t))
+        return forward(self, t)
+    monkeypatch.setattr(TimeEmbedding, "forward", noted)
+    run(place, tmp_path, "--scheduler", scheduler, "--batch", 2)
+    assert embedded == [rows] * 3                                        # of the UNet and of both ControlNets
 
 
 def test_memory_that_is_too_small_is_one_line(place, tmp_path, monkeypatch):
