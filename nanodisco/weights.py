@@ -28,6 +28,7 @@ Tensors = dict[str, Tensor]
 
 HEADER = 1 << 18                       # bytes of a safetensors file that are not numbers, at most
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MAPPED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 UNET_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
               "diffusion_pytorch_model.fp16.safetensors")
 COMPONENT_FILES = {"unet": UNET_FILES, "vae": UNET_FILES,
@@ -81,11 +82,28 @@ def read_tensors(path: Path):
     if path.suffix != ".safetensors":
         return unpickle.load(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+        return _map_safetensors(path)
     except SafetensorError as error:
         raise InputError(f"{path} is not a whole safetensors file ({path.stat().st_size:,} bytes; "
                          f"{str(error).splitlines()[0]}); download or copy it again") from None
+
+
+def _map_safetensors(path: Path) -> Tensors:
+    """Tensors that are the file itself, seen as memory: of each nothing is read before somebody looks at it.
+
+    safetensors' own get_tensor looks at each, so a model would be there only when its whole file has been read.
+    """
+    with safe_open(path, framework="pt") as checked, path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header, tensors = json.loads(file.read(length)), {}
+        block = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
+        for name in checked.keys():
+            dtype, begin = MAPPED.get(header[name]["dtype"]), 8 + length + header[name]["data_offsets"][0]
+            if dtype is None or begin % dtype.itemsize:
+                tensors[name] = checked.get_tensor(name)
+            else:
+                tensors[name] = torch.empty(0, dtype=dtype).set_(block, begin // dtype.itemsize, header[name]["shape"])
+    return tensors
 
 
 def _open_folder(folder: Path) -> Weights:

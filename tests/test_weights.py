@@ -1,7 +1,9 @@
 """Official files: every tensor of every format is accounted for, in and out."""
 import json
+import sys
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -449,3 +451,39 @@ def test_packed_matrices_of_our_own_files_are_not_copied():
     for key, tensor in ours.items():
         assert torch.equal(back[key], tensor)
         assert back[key].data_ptr() == tensor.data_ptr() or not key.endswith(("qkv.weight", "kv.weight"))
+
+
+# ---- Files seen as memory ------------------------------------------------------------------------
+
+def file_pages() -> int:
+    """Pages of files that this process has in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[2])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which memory is of a file")
+def test_opening_a_file_reads_none_of_its_tensors(tmp_path):
+    wanted = {f"unet.{i}": torch.randn(2**19) for i in range(32)}
+    save_file(wanted, tmp_path / "a.safetensors")
+    weights.read_tensors(tmp_path / "a.safetensors")                     # what opening itself needs is in memory now
+    before = file_pages()
+    tensors = weights.read_tensors(tmp_path / "a.safetensors")
+    assert file_pages() - before < 32                                    # a tensor that is looked at brings 16 and more
+    assert_same_tensors(tensors, wanted)
+    assert file_pages() - before > 32 * 2**19 * 4 // 2**14
+
+
+def test_tensors_that_do_not_lie_at_a_multiple_of_their_size_are_read_too(tmp_path):
+    path, wanted = tmp_path / "a.safetensors", {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(),
+                                                "c": torch.arange(4), "d": torch.empty(0, 4), "e": torch.tensor(2.5)}
+    save_file(wanted, path)
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    header, numbers = path.read_bytes()[8:8 + length].rstrip(), path.read_bytes()[8 + length:]
+    for spaces in range(9):
+        path.write_bytes((len(header) + spaces).to_bytes(8, "little") + header + b" " * spaces + numbers)
+        assert_same_tensors(weights.read_tensors(path), wanted)
+
+
+def test_what_is_done_to_a_tensor_of_a_file_leaves_the_file_alone(tmp_path):
+    save_file({"a": torch.zeros(5)}, tmp_path / "a.safetensors")
+    weights.read_tensors(tmp_path / "a.safetensors")["a"].add_(1)
+    assert load_file(tmp_path / "a.safetensors")["a"].sum() == 0
