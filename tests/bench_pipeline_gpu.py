@@ -5,27 +5,35 @@
 
 A step is UNet + pose ControlNet + background ControlNet with guidance 2, in bf16, of one reference and 1 or 16
 frames. Programs have the same random weights and run one after the other; times are medians of ROUNDS steps
-between synchronisations, after warming up. Training is of batches of 32 without checkpointing of activations.
+between synchronisations, after warming up. What a switch of ours is worth is measured at the first size only.
+Training is of batches of 32, forward and backward, with and without checkpointing of activations.
 """
 import argparse
 import gc
-import itertools
 import json
 import statistics
 import sys
 import tempfile
 import time
-from functools import partial
+from functools import lru_cache, partial
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 ROUNDS, WARM_UP, BATCH = 20, 3, 32
+NORMS = "group_norm_silu", "add_layer_norm"
+OPERATIONS = "attention", *NORMS, "geglu"
 OURS = {"ours": {}, "ours, no graph": {"graph": False}, "ours, no cache": {"cache": False, "graph": False},
-        "ours, NCHW": {"nchw": True}, "ours, no kernels": {"kernels": "torch"}}
+        "ours, nets in turn": {"at_once": 0}, "ours, no kernels": {"plain": OPERATIONS},
+        "ours, no attention": {"plain": ("attention",)}, "ours, no norms": {"plain": NORMS},
+        "ours, no GEGLU": {"plain": ("geglu",)}, "ours, NCHW": {"nchw": True}}
 THEIRS = {"diffusers": {}, "diffusers NHWC": {"channels_last": True}}
-SLOW_TO_START = {"diffusers compiled": {"channels_last": True, "compiled": True}}
+TRAINING = {"kernels": {}, "no kernels": {"plain": OPERATIONS}, "kernels, checkpointing": {"checkpointing": True},
+            "kernels, no graph": {"graph": False}, "no kernels, no graph": {"plain": OPERATIONS, "graph": False}}
+SLOW_TO_START = {"diffusers compiled": {"channels_last": True, "compiled": "default"},
+                 "diffusers max-autotune": {"channels_last": True, "compiled": "max-autotune"}}
 
 
 def synchronise(device: str) -> None:
@@ -54,21 +62,37 @@ def timed(step, device: str, rounds: int = ROUNDS) -> dict:
     return {"ms": 1000 * statistics.median(seconds), "gib": peak}
 
 
-def our_step(folder: Path, device: str, frames: int, side: int, graph: bool | None = None, cache: bool = True,
-             nchw: bool = False, kernels: str = "auto"):
-    import torch
-    from bench_pipeline import inputs
+def run_plain(operations: tuple[str, ...]) -> None:
+    """Have PyTorch run these operations from now on, and our kernels the others."""
+    from kernels.backend import use_triton
+    for name in OPERATIONS:
+        setattr(import_module(f"kernels.{name}"), "use_triton",
+                (lambda *input_and_reason: False) if name in operations else use_triton)
 
-    from kernels import backend
-    from nanodisco.guidance import Guided
+
+@lru_cache(maxsize=1)                  # most programs of ours are one model under other switches
+def our_model(folder: Path, device: str, nchw: bool):
+    import torch
+
     from nanodisco.loading import for_inference, load
-    backend.MODE = kernels
     model = load(folder / "ours", dtype=torch.bfloat16, say=lambda text: None)
     model.vae = model.clip = None
     if device != "cpu":
         model = for_inference(model, device)
-    if nchw:
-        model = model.to(memory_format=torch.contiguous_format)
+    return model.to(memory_format=torch.contiguous_format) if nchw else model
+
+
+def our_step(folder: Path, device: str, frames: int, side: int, graph: bool | None = None, cache: bool = True,
+             nchw: bool = False, at_once: int = 4, plain: tuple[str, ...] = ()):
+    """at_once: frames up to which the networks run at the same time; plain: operations without our kernels."""
+    import torch
+    from bench_pipeline import inputs
+
+    from nanodisco import disco
+    from nanodisco.guidance import Guided
+    run_plain(plain)
+    disco.FEW = at_once
+    model = our_model(folder, device, nchw)
     given = inputs(model.config, torch.bfloat16, frames, side, device)
     guided = Guided(model, given["tokens"], given["background"], torch.zeros_like(given["tokens"]), guidance=2.0,
                     cache=cache, graph=graph if device == "cuda" else False)
@@ -76,10 +100,11 @@ def our_step(folder: Path, device: str, frames: int, side: int, graph: bool | No
     return lambda: predict(given["z"], t)
 
 
-def their_step(folder: Path, device: str, frames: int, side: int, channels_last: bool = False, compiled: bool = False):
+def their_step(folder: Path, device: str, frames: int, side: int, channels_last: bool = False, compiled: str = ""):
     import torch
     from bench_pipeline import diffusers
     from diffusers.utils import logging
+    our_model.cache_clear()                                              # or their memory would hold ours too
     logging.set_verbosity_error()                                        # it does not know DisCo's background hint
     torch._dynamo.reset()                                                # or a second size makes all sizes dynamic
     _, step = diffusers(folder, torch.bfloat16, channels_last, compiled, frames, side, device)
@@ -87,7 +112,8 @@ def their_step(folder: Path, device: str, frames: int, side: int, channels_last:
     return lambda: step(t)
 
 
-def training_step(folder: Path, device: str, side: int, batch: int, kernels: str, graph: bool):
+def training_step(folder: Path, device: str, side: int, batch: int, plain: tuple[str, ...] = (), graph: bool = True,
+                  checkpointing: bool = False):
     """Forward and backward of UNet and ControlNets; no optimizer, no encoders: they are the same in both.
 
     graph: both as one CUDA graph, so that it is the GPU that is measured and not the host.
@@ -95,14 +121,17 @@ def training_step(folder: Path, device: str, side: int, batch: int, kernels: str
     import torch
     from bench_pipeline import inputs
 
-    from kernels import backend
     from nanodisco.disco import Conditions
     from nanodisco.graph import record_cuda
     from nanodisco.loading import load
-    backend.MODE = kernels
+    from nanodisco.optim import checkpoint_activations
+    our_model.cache_clear()
+    run_plain(plain)
     model = load(folder / "ours", say=lambda text: None)
     model.vae = model.clip = None
     model = model.to(device, memory_format=torch.channels_last).requires_grad_(True)
+    if checkpointing:
+        checkpoint_activations(model)
     given = inputs(model.config, torch.float32, batch, side, device)
     tokens, background = (given[name].repeat(batch, *[1] * (given[name].ndim - 1)) for name in ("tokens", "background"))
     shown = Conditions(tokens, given["pose"], background)
@@ -112,7 +141,7 @@ def training_step(folder: Path, device: str, side: int, batch: int, kernels: str
         model.zero_grad(set_to_none=True)
         with torch.enable_grad(), torch.autocast(device, torch.bfloat16):
             model(given["z"], t, shown).float().square().mean().backward()
-    return record_cuda(step)[0] if graph else step
+    return record_cuda(step)[0] if graph and device == "cuda" else step
 
 
 def row(name: str, make, device: str, frames: int, rounds: int = ROUNDS) -> dict | None:
@@ -139,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
     top = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     top.add_argument("--tiny", action="store_true", help="small networks, few steps: to see that it runs")
     top.add_argument("--frames", type=int, nargs="+", default=[1, 16])
-    top.add_argument("--size", type=int, nargs="+", default=[256], help="pixels (default 256)")
+    top.add_argument("--size", type=int, nargs="+", default=[256, 512], help="pixels (default 256 512)")
     top.add_argument("--skip", nargs="*", default=[], metavar="PROGRAM",
                      choices=[*OURS, *THEIRS, *SLOW_TO_START, "training"])
     top.add_argument("--folder", metavar="DIR", type=Path, help="the random weights stay there, or are there already")
@@ -181,18 +210,20 @@ def main(arguments: list[str] | None = None) -> None:
 
         def training(size: int) -> None:
             print(f"\ntraining, {size} x {size}, batch {batch}, bf16 autocast, forward and backward")
-            for kernels, graph in itertools.product(("auto", "torch"), (True, False) if device == "cuda" else (False,)):
-                program = f"kernels {kernels}" + ", no graph" * (not graph)
-                make = partial(training_step, folder, device, size // 8, batch, kernels, graph)
+            for program, options in TRAINING.items():
+                make = partial(training_step, folder, device, size // 8, batch, **options)
                 found = row(program, make, device, batch, max(rounds // 4, 2))
                 keep(f"{size} training {program}", found)
                 if found:
                     print(f"  {'':22} {1000 * batch / found['ms']:9.1f} pictures a second")
 
+        first, *others = given.size
+        steps(first, OURS | THEIRS)
+        if "training" not in given.skip:
+            training(first)
+        for size in others:
+            steps(size, {"ours": {}} | THEIRS)
         for size in given.size:
-            steps(size, OURS | THEIRS)
-            if "training" not in given.skip:
-                training(size)
             steps(size, SLOW_TO_START)                                   # last: minutes each before the first step
     sys.exit(any(found is None for found in result.values()))
 
