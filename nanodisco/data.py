@@ -3,6 +3,8 @@
     img, poses, masks, vid2line: TSV files beside the YAML file; row i of each belongs to frame i.
     vid2line row i: [first - i, last - i], the rows of frame i's video, counted from i. The first frame of a
     video is the reference of all its frames.
+    composite: true: each of these is a list of files, and so is caption, of which only the names are used; row i
+    of caption_linelist (source, row, caption) says in which file of each list, and where in it, frame i is.
 
 What a training step sees is a function of (seed, step): the order of an epoch, the frame that is drawn,
 the reference. So a run that goes on where it was stopped needs to remember the number of the step only.
@@ -23,7 +25,7 @@ from nanodisco import crops, dancers, transforms
 from nanodisco.config import ClipConfig, read_yaml
 from nanodisco.errors import InputError
 from nanodisco.recipe import DataConfig
-from nanodisco.tsv import Table
+from nanodisco.tsv import Joined, Table
 
 FIELDS = ("img", "poses", "masks", "vid2line")           # of a set's YAML file
 
@@ -43,12 +45,12 @@ class Validation:
 
     def __init__(self, path: str | Path):
         path, values = Path(path), read_yaml(path)
-        if values.get("composite"):
-            raise InputError(f"{path} is a composite set; give the sets it is made of one by one")
-        for field in FIELDS:
-            if not isinstance(values.get(field), str):
-                raise InputError(f"{path}: no `{field}`; expected the name of a TSV file")
-        tables = {field: Table(path.parent / values[field]) for field in FIELDS}
+        composite = values.get("composite")
+        for field in FIELDS + (("caption",) if composite else ()):
+            if not isinstance(values.get(field), list if composite else str):
+                raise InputError(f"{path}: no `{field}`; expected " + ("a list of TSV files, as the set is composite"
+                                                                       if composite else "the name of a TSV file"))
+        tables = _joined(path, values) if composite else {field: Table(path.parent / values[field]) for field in FIELDS}
         self.images, self.poses, self.masks, self.videos = tables.values()
         if len(set(map(len, tables.values()))) > 1 or not len(self):
             rows = ", ".join(f"{field} {len(table)}" for field, table in tables.items())
@@ -87,6 +89,20 @@ class Validation:
         reference = self.video(i).start
         return Sample(self.images[i][0], self.images.picture(i), self.poses.picture(i, 1),
                       self.images.picture(reference), self.masks.picture(reference, 1))
+
+
+def _joined(path: Path, values: dict) -> dict[str, Joined]:
+    """official: a key begins with the name of its caption file, as the set spells it."""
+    lines = Table(path.parent / str(values.get("caption_linelist")))
+    try:
+        order = [(int(source), int(row)) for source, row, *_ in (lines[i] for i in range(len(lines)))]
+    except ValueError:
+        raise InputError(f"{lines.path}: expected three numbers a row: source, row, caption") from None
+    prefixes = [f"{name}_" for name in values["caption"]]
+    if len({len(values[field]) for field in (*FIELDS, "caption")}) > 1:
+        raise InputError(f"{path}: lists of different length; expected one file of each kind for each source")
+    return {field: Joined([Table(path.parent / name) for name in values[field]], order, prefixes, lines.path)
+            for field in FIELDS}
 
 
 # ---- Training --------------------------------------------------------------------------------------------------

@@ -62,6 +62,35 @@ class Table:
             raise InputError(f"{self.path}, row {i}: no picture in it; the .lineidx may be of another file") from None
 
 
+class Joined:
+    """Rows of several tables in the order of a list, as one Table: the files of a composite set.
+
+    order: [table, row] of each; prefixes: what a key of each table begins with, since two may have the same.
+    """
+
+    def __init__(self, tables: list[Table], order: list[tuple[int, int]], prefixes: list[str], path: Path):
+        self.tables, self.order, self.prefixes, self.path = tables, order, prefixes, path
+        for i, (source, row) in enumerate(order):
+            if not (0 <= source < len(tables) and 0 <= row < len(tables[source])):
+                rows = ", ".join(f"{table.path} {len(table)}" for table in tables)
+                raise InputError(f"{path}, row {i}: file {source}, row {row}; there are, with their rows: {rows}")
+        self.offsets, self.size = [order, [table.offsets for table in tables]], [table.size for table in tables]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, i: int) -> list[str]:
+        if not 0 <= i < len(self):
+            raise InputError(f"{self.path} has {len(self)} rows; row {i} was asked for")
+        source, row = self.order[i]
+        key, *fields = self.tables[source][row]
+        return [self.prefixes[source] + key, *fields]
+
+    def picture(self, i: int, column: int = -1) -> Image.Image:
+        source, row = self.order[i]
+        return self.tables[source].picture(row, column)
+
+
 @contextmanager
 def writer(path: str | Path) -> Iterator[Callable[..., None]]:
     """A function that appends one row, its fields, to NAME.tsv, and where it begins to NAME.lineidx."""

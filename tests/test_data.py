@@ -1,13 +1,17 @@
 """TSV files and the validation sets made of them: official bytes, and refusals."""
 import base64
 import io
+import json
 
 import pytest
 from PIL import Image
 
-from nanodisco.data import Validation
+from nanodisco.config import ClipConfig
+from nanodisco.data import Training, Validation
 from nanodisco.errors import InputError
+from nanodisco.recipe import DataConfig
 from nanodisco.tsv import Table
+from test_transforms import PHOTOS, needs_photos
 
 
 def jpeg(shade):
@@ -59,7 +63,8 @@ def test_last_clip_begins_earlier_so_that_it_is_whole(folder):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("val.yaml", "img: none.tsv", "no `poses`"), ("val.yaml", "composite: true", "composite"),
+    ("val.yaml", "img: none.tsv", "no `poses`"),
+    ("val.yaml", "composite: true\nimg: a.tsv", "no `img`; expected a list"),
     ("val_poses.tsv", "key0\tx\n", "different length"), ("val_images.lineidx", "0\n9999999\n", "no picture"),
     ("val_images.lineidx", "zero", "cannot be read"),
     ("val_vid2line.tsv", "key0\tfirst\nkey1\tsecond\n", "expected \\[first"),
@@ -91,3 +96,69 @@ def test_a_missing_file_is_named(folder):
     (folder / "val_masks.tsv").unlink()
     with pytest.raises(InputError, match="val_masks.tsv is not there"):
         Validation(folder / "val.yaml")
+
+
+# ---- Composite sets ------------------------------------------------------------------------------
+
+@pytest.fixture
+def composite(folder):
+    """Two sources: a, two videos of one and two frames, of which the list takes the second; b, a video of two."""
+    for source, shades, videos in (("a", (10, 20, 30), ("[0, 0]", "[0, 1]", "[-1, 0]")),
+                                   ("b", (40, 50), ("[0, 1]", "[-1, 0]"))):
+        (folder / source).mkdir()
+        for k, name in enumerate(("images", "poses", "masks")):
+            rows = [f"key{i}\t{jpeg(shade + 60 * k)}\n" for i, shade in enumerate(shades)]
+            (folder / source / f"{name}.tsv").write_text("".join(rows))
+        (folder / source / "vid2line.tsv").write_text("".join(f"key{i}\t{v}\n" for i, v in enumerate(videos)))
+    (folder / "lines.tsv").write_text("1\t0\t0\n1\t1\t0\n0\t1\t0\n0\t2\t0\n")
+    fields = {"img": "images", "poses": "poses", "masks": "masks", "vid2line": "vid2line", "caption": "captions"}
+    (folder / "composite.yaml").write_text("composite: true\ncaption_linelist: lines.tsv\n" + "".join(
+        f"{field}: [a/{name}.tsv, b/{name}.tsv]\n" for field, name in fields.items()))
+    return folder / "composite.yaml"
+
+
+def test_a_composite_set_has_the_rows_of_its_list(composite):
+    rows = Validation(composite)
+    found = [rows[i] for i in range(len(rows))]
+    assert [row.key for row in found] == ["b/captions.tsv_key0", "b/captions.tsv_key1", "a/captions.tsv_key1",
+                                          "a/captions.tsv_key2"]
+    shades = [[getattr(row, what).getpixel((0, 0))[0] for what in ("target", "pose", "reference", "mask")]
+              for row in found]
+    assert shades == [[40, 100, 40, 160], [50, 110, 40, 160], [20, 80, 20, 140], [30, 90, 20, 140]]
+    assert rows.clips(2, 2) == [range(0, 2), range(2, 4)]
+
+
+def test_a_composite_set_can_be_trained_on(composite):
+    data = DataConfig("tsv", str(composite), width=8, height=8, reference="first")
+    clip = ClipConfig(image_size=8, patch=8, width=8, layers=1, heads=1, mlp=8, projection=8)
+    training = Training(data, clip, True, seed=0)
+    shown = training[0, 3]
+    assert len(training) == 4 and abs(shown["target"].mean() - (30 / 127.5 - 1)) < 1e-5
+    assert "4 rows" in training.source.fingerprint()
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("lines.tsv", "0\t3\t0\n", "row 0: file 0, row 3; there are, with their rows: .*a.images.tsv 3"),
+    ("lines.tsv", "2\t0\t0\n", "row 0: file 2, row 0"), ("lines.tsv", "one\t0\t0\n", "expected three numbers a row"),
+    ("lines.tsv", "0\n", "expected three numbers a row"), ("lines.tsv", None, "lines.tsv is not there"),
+    ("composite.yaml", "caption: [a/captions.tsv]", "lists of different length")], ids=str)
+def test_a_composite_set_that_does_not_fit_is_refused(composite, name, content, words):
+    path = composite.parent / name
+    if content is None:
+        path.unlink()
+    elif name == "lines.tsv":
+        path.write_text(content)
+    else:
+        path.write_text(path.read_text().rpartition("caption:")[0] + content)
+    with pytest.raises(InputError, match=words):
+        Validation(composite)
+
+
+@needs_photos
+def test_the_official_composite_set_has_the_official_keys_and_references():
+    folder = PHOTOS / "video_fixture"
+    rows, wanted = Validation(folder / "composite.yaml"), json.loads((folder / "expected_composite.json").read_text())
+    assert len(rows) == wanted["len"]
+    for row in wanted["rows"]:
+        i = row["row"]
+        assert rows[i].key == row["img_key"] and rows.images[rows.video(i).start][0] == row["ref_img_key"]
