@@ -125,7 +125,8 @@ class Set:
 
     def shown(self, frames: range, clip: ClipConfig, together: bool) -> Shown:
         rows = [self.rows[i] for i in frames]
-        own = [(row.reference, row.mask) for row in (rows[:1] if together else rows)]
+        alike = together or self.photo and self.scene or len({self.rows.video(i) for i in frames}) == 1
+        own = [(row.reference, row.mask) for row in (rows[:1] if alike else rows)]       # each is encoded
         photos, scenes = ([given] * len(own) if given else own for given in (self.photo, self.scene))
         poses = [row.pose if self.poses is None else self.poses[i] for i, row in zip(frames, rows)]
         return Shown([row.key for row in rows],
@@ -319,8 +320,10 @@ class Results:
     def _official_references(self, shown: Shown) -> None:
         # official: the picture model's reference is un-normalised as if it were in [-1, 1], which gives wrong colours
         reference = transforms.from_clip(shown.reference) if self.temporal else shown.reference / 2 + 0.5
+        names = shown.names[:1] if self.temporal else shown.names        # a clip has one
         for folder, pictures in (("ref", reference.clamp(0, 1)), ("ref_control", shown.background / 2 + 0.5)):
-            for key, picture in zip(shown.names, transforms.to_frames(pictures)):        # a clip has one
+            frames = transforms.to_frames(pictures)
+            for key, picture in zip(names, np.broadcast_to(frames, (len(names), *frames.shape[1:]))):
                 video.save(self.out / folder / official_name(key), picture)
 
     def _official_frames(self, shown: Shown, here: slice, frames: np.ndarray) -> None:

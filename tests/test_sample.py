@@ -285,6 +285,21 @@ def test_a_reference_is_encoded_once_for_all_batches_that_show_it(place, validat
     assert len(encoded) == 2                                             # of two videos, the first of two frames
 
 
+def test_a_reference_is_encoded_once_for_all_rows_of_a_batch_that_show_it(place, tmp_path, monkeypatch):
+    rows, encoded, conditions = write_set(tmp_path, [["a_0", "a_1", "a_2"], ["b_0", "b_1"]]), [], DisCo.conditions
+    monkeypatch.setattr(DisCo, "conditions", lambda self, reference, *more: encoded.append(len(reference))
+                        or conditions(self, reference, *more))
+    evaluate(place, rows, tmp_path / "two", "--layout", "disco", "--batch", 2)
+    assert encoded == [1, 2, 1]                                          # a a, a b, b
+    evaluate(place, rows, tmp_path / "one", "--layout", "disco", "--batch", 1)
+    names = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").glob("*/*.png")]
+    assert len(names) == 5 * 5                                           # five folders of five rows
+    one, two = ([np.asarray(Image.open(tmp_path / out / name)).astype(int) for name in names] for out in ("one", "two"))
+    assert max(abs(a - b).max() for a, b in zip(one, two)) <= 1
+    evaluate(place, rows, tmp_path / "of others", "--ref", place / "ref.png", "--background", place / "ref.png")
+    assert encoded[5:] == [1]
+
+
 def test_official_layout_has_the_official_names(place, validation, tmp_path):
     evaluate(place, validation, tmp_path / "eval_visu", "--layout", "disco", "--cfg", 3)
     names = [dance.official_name(key) for key in KEYS]
