@@ -113,6 +113,9 @@ def judge(given: argparse.Namespace) -> None:
     given.format = ",".join(dict.fromkeys(given.format.split(",")))      # each once
     if unknown := [name for name in given.format.split(",") if name not in FORMATS]:
         raise InputError(f"--format {unknown[0]!r}; expected any of {','.join(FORMATS)}")
+    if given.fps > 100 and (animated := {"gif", "webp"}.intersection(given.format.split(","))):
+        raise InputError(f"--fps {given.fps:g} with --format {','.join(sorted(animated))}: those can have 100 frames a "
+                         "second; expected fewer, or --format mp4")
     if given.pose_size and not (len(parts := given.pose_size.split("x")) == 2
                                 and all(part.isdecimal() and int(part) > 0 for part in parts)):
         raise InputError(f"--pose-size {given.pose_size}; expected WxH, as 1080x1920")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from test_golden_sampling import IMAGE_RUNS
 import prepare_data
 import sample
 from kernels.cpu import PackedLinear
-from nanodisco import dance, data, transforms, video, weights
+from nanodisco import dance, data, transforms, tsv, video, weights
 from nanodisco.disco import DisCo
 from nanodisco.errors import InputError
 from nanodisco.layers import TimeEmbedding
@@ -128,7 +129,7 @@ def test_batch_size_and_cache_change_no_frame(place, tmp_path, more):
     assert same(run(place, tmp_path, *scheduler, out="a"), run(place, tmp_path, *more, out="b"))
 
 
-def test_another_batch_or_length_changes_nothing_beyond_rounding(place, tmp_path, monkeypatch):
+def test_another_batch_or_length_or_no_cache_changes_nothing_beyond_rounding(place, tmp_path, monkeypatch):
     made, pictures = {}, dance._pictures
 
     def noted(model, z):
@@ -136,12 +137,14 @@ def test_another_batch_or_length_changes_nothing_beyond_rounding(place, tmp_path
             made[name].append(piece)
             yield piece
     monkeypatch.setattr(dance, "_pictures", noted)
-    for name, more in ("all", ["--batch", "6"]), ("ones", ["--batch", "1"]), ("fewer", ["--batch", "4", "-L", "5"]):
+    for name, more in ("all", ["--batch", "6"]), ("ones", ["--batch", "1"]), ("fewer", ["--batch", "4", "-L", "5"]), (
+            "uncached", ["--batch", "6", "--no-cache"]):
         made[name] = []
         run(place, tmp_path, *more, "--dtype", "fp32", out=name)
         made[name] = torch.cat(made[name])
     assert (made["ones"] - made["all"]).abs().max() <= 1e-5 and len(made["fewer"]) == 5
     assert (made["fewer"] - made["all"][:5]).abs().max() <= 1e-5
+    assert (made["uncached"] - made["all"]).abs().max() <= 1e-5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="in a CUDA graph the time is embedded anew")
@@ -439,6 +442,22 @@ def test_reference_that_cannot_be_used_is_refused(place, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("flag", ["--ref-mask", "--background", "--background-mask", "--poses"])
+def test_pictures_of_each_kind_that_are_damaged_are_refused(place, tmp_path, flag):
+    (tmp_path / "damaged.png").write_bytes((place / "ref.png").read_bytes()[:100])
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "0.png").write_bytes(b"no picture")
+    more = ("--background", place / "ref.png") if flag == "--background-mask" else ()
+    damaged = tmp_path / ("damaged" if flag == "--poses" else "damaged.png")
+    assert "damaged" in refusal(place, tmp_path, *more, flag, damaged)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mask_with_nobody_in_it_is_refused(place, tmp_path):
+    Image.new("L", (60, 80), 0).save(tmp_path / "mask.png")
+    assert "mask.png" in refusal(place, tmp_path, "--ref-mask", tmp_path / "mask.png")
+
+
 def test_mask_of_another_size_is_resized_and_that_is_said(place, tmp_path, capsys):
     Image.new("L", (30, 40), 255).save(tmp_path / "mask.png")
     run(place, tmp_path, "--ref-mask", tmp_path / "mask.png", "-L", 1)
@@ -476,7 +495,7 @@ def test_nobody_in_a_pose_is_drawn_black_and_said(place, tmp_path, capsys):
     (["--steps", 2000], "1 to 1000"), (["--batch", 0], "--batch"), (["--cfg", "nan"], "--cfg"), (["-L", 0], "--length"),
     (["--compile", "--no-cache"], "do not go together"),
     (["--device", "cuda:9"], "cuda:9 is not there"), (["--device", "tpu"], "tpu is not there"),
-    (["--device", "meta"], "meta is not there"), (["--format", "gif", "--fps", 120], "can have 100"),
+    (["--device", "meta"], "meta is not there"), (["--format", "mp4,gif", "--fps", 120], "can have 100"),
     (["--format", "avi"], "avi"), (["--pose-size", "10"], "WxH"), (["--pose-size", "²x5"], "WxH"),
     (["--overlap", 16], "--overlap"),
     (["--fps", 0], "--fps"),
@@ -485,6 +504,7 @@ def test_nobody_in_a_pose_is_drawn_black_and_said(place, tmp_path, capsys):
     (["--out", "/proc/nanodisco"], "cannot write")], ids=str)
 def test_flags_that_make_no_sense_are_refused(place, tmp_path, more, words):
     assert words in refusal(place, tmp_path, *more)
+    assert not (tmp_path / "out").exists()                               # so that the same command can be mended
 
 
 def test_help_and_wrong_arguments_do_not_import_torch(place):
@@ -543,6 +563,19 @@ def test_ten_thousand_poses_are_read_one_batch_at_a_time(place, tmp_path):
     assert len(run(place, tmp_path, "-L", 2, poses=tmp_path / "dance.json")) == 2
 
 
+def test_a_folder_of_ten_thousand_poses_is_never_in_memory_as_a_whole(place, tmp_path):
+    from nanodisco import inputs
+    (tmp_path / "poses").mkdir()
+    for i in range(10_000):
+        os.link(place / "poses" / f"{i % 6}.png", tmp_path / "poses" / f"{i:05}.png")
+    tracemalloc.start()
+    track = inputs.poses(str(tmp_path / "poses"), (64, 64), None, lambda text: None)
+    last, most = track[9_999], tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(track) == 10_000 and np.array_equal(last, Image.open(place / "poses" / "3.png"))
+    assert most < 20e6                                                   # all of them have 123 MB of pixels
+
+
 # ---- Other ways in ----------------------------------------------------------------------------------------------
 
 def test_the_lines_of_python_in_the_readme_make_a_picture(monkeypatch):
@@ -551,6 +584,55 @@ def test_the_lines_of_python_in_the_readme_make_a_picture(monkeypatch):
     names = {name: torch.rand(1, 3, 64, 64) for name in ("reference", "background", "pose")}
     exec(code, names)
     assert names["picture"].shape == (1, 3, 64, 64) and names["picture"].isfinite().all()
+
+
+def test_poses_of_a_tsv_file_are_those_of_its_pictures(place, tmp_path):
+    with tsv.writer(tmp_path / "poses.tsv") as write:
+        for i in range(6):
+            write(f"key{i}", tsv.encoded(Image.open(place / "poses" / f"{i}.png")))
+    assert np.array_equal(run(place, tmp_path, out="a"), run(place, tmp_path, poses=tmp_path / "poses.tsv", out="b"))
+
+
+def test_poses_are_one_json_file_or_one_a_frame_and_are_moved_to_the_reference(place, tmp_path, monkeypatch):
+    people = 2 * np.random.default_rng(3).integers(3, 30, (3, 17, 2)) + 1          # halves are cut to whole pixels
+    drawn = []
+    monkeypatch.setattr(dance.video, "side_by_side", lambda photo, pose, made: drawn.append(pose) or made)
+
+    def write(name, people):
+        (tmp_path / name).write_text(json.dumps([{"image_id": i, "keypoints": [[x, y, 1] for x, y in person]}
+                                                 for i, person in enumerate(people.tolist())]))
+
+    def poses(name, *more):
+        drawn.clear()
+        run(place, tmp_path, *more, "--format", "mp4,png", poses=tmp_path / name, out=f"of {name} {len(more)}")
+        return np.stack(drawn)
+    (tmp_path / "folder").mkdir()
+    for i in range(3):
+        write(f"folder/{i}.json", people[i:i + 1])
+    write("track.json", people)
+    write("small.json", people // 2)
+    write("own.json", people[:1] / 2)
+    track, small = poses("track.json"), poses("small.json")
+    assert track.shape == (3, 64, 64, 3) and np.array_equal(poses("folder"), track)
+    assert np.array_equal(poses("track.json", "--align", tmp_path / "own.json"), small) and (small != track).any()
+
+
+def test_official_noise_is_one_draw_of_the_seed_for_a_batch(place, tmp_path):
+    noise = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    save_file({"latents": noise}, tmp_path / "noise.safetensors")
+    one = run(place, tmp_path, "--noise", "official", "--seed", 5, "--batch", 6, out="a")
+    assert np.array_equal(one, run(place, tmp_path, "--latents", tmp_path / "noise.safetensors", "--batch", 6, out="b"))
+
+
+def test_half_of_the_digits_give_nearly_the_same_frames(place, tmp_path):
+    exact, half = (run(place, tmp_path, "--dtype", dtype, out=dtype).astype(float) for dtype in ("fp32", "bf16"))
+    assert 0 < np.abs(exact - half).max() and np.abs(exact - half).mean() < 2        # grey levels
+
+
+def test_the_background_can_be_a_sample_of_its_posterior(place, tmp_path):
+    mean, drawn, again = (run(place, tmp_path, "--posterior", what, out=out) for what, out in (
+        ("mean", "a"), ("sample", "b"), ("sample", "c")))
+    assert np.array_equal(drawn, again) and not np.array_equal(mean, drawn)
 
 
 def test_the_run_of_a_vae_and_the_folder_around_a_checkpoint_are_told_from_weights(place, tmp_path):
