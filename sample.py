@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--format", default="mp4,png", help=f"any of {','.join(FORMATS)}; png: a folder (default mp4,png)")
     top.add_argument("--no-cache", action="store_true", help="compute everything at each step, as the official code")
     top.add_argument("--compile", action="store_true", help="compile the networks first (torch.compile): minutes of "
-                     "waiting, then faster steps on a GPU")
+                     "waiting; what it gains on a GPU has not been measured yet")
     top.add_argument("--out", metavar="DIR", help="a new folder (default: output/<date>-<time>-<seed>)")
     return top
 

@@ -26,9 +26,6 @@ from nanodisco.transformer import Context
 from nanodisco.unet import UNet
 from nanodisco.vae import VAE
 
-FEW = 4                                # pictures up to which networks run at the same time,
-WIDE = 128                             # and channels from which on: on a CPU small networks are faster in turn
-
 
 @dataclass
 class Conditions:
@@ -142,8 +139,7 @@ class DisCo(nn.Module):
         if self.background is not None:
             assert background is not None, "this model has a background net; it needs a background"
             networks.append(partial(self.background, z, t, tokens, background, frames, background_scale))
-        at_once = len(z) <= FEW and (z.is_cuda or self.config.unet.widths[0] >= WIDE)
-        encoded, *found = together(*networks, device=z.device) if at_once else [network() for network in networks]
+        encoded, *found = together(*networks, z=z, channels=self.config.unet.widths[0])
         residuals = [sum(more, first) for first, *more in zip(*found)] if found else None
         out = self.unet(z, t, tokens, residuals, frames, encoded).to(zt.dtype)
         return unfold(out, frames) if zt.ndim == 5 else out

@@ -77,6 +77,8 @@ def record_cuda(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Ten
             function()
     torch.cuda.current_stream().wait_stream(beside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):     # other threads may ask after their own events
+    # A stream of its own: the end of a graph takes from its stream the memory that matrix products work in, and what
+    # other graphs were captured on that stream need it still. Other threads may ask after their own events meanwhile.
+    with torch.cuda.graph(graph, stream=beside, capture_error_mode="thread_local"):
         out = function()
     return graph.replay, out

@@ -13,16 +13,22 @@ import torch
 
 from kernels import backend
 
+FEW = 4                                # pictures up to which it is faster,
+WIDE = 128                             # and channels from which on, on a CPU
 
-def together(*functions: Callable, device: torch.device) -> list:
-    """What each of them returns, all at once on a GPU, the last two at once on a CPU. None of them may call this."""
-    if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return _as_branches(functions, device)
-        if device.type == "cpu" and len(functions) > 1 and _threads_suit():
-            *before, first, second = functions
-            return [function() for function in before] + _in_two_threads(first, second)
-    return [function() for function in functions]
+
+def together(*networks: Callable, z: torch.Tensor, channels: int) -> list:
+    """What each of them returns, all at once on a GPU, the last two at once on a CPU. None of them may call this.
+
+    z: the pictures that they work on; channels: what they have at their narrowest.
+    """
+    if len(z) <= FEW and not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
+        if z.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return _as_branches(networks, z.device)
+        if z.device.type == "cpu" and len(networks) > 1 and channels >= WIDE and _threads_suit():
+            *before, first, second = networks
+            return [network() for network in before] + _in_two_threads(first, second)
+    return [network() for network in networks]
 
 
 def _threads_suit() -> bool:
@@ -30,13 +36,13 @@ def _threads_suit() -> bool:
     return not (torch.is_autocast_enabled("cpu") or backend.MODE == "triton" or torch.get_num_threads() % 2)
 
 
-def _as_branches(functions: Sequence[Callable], device: torch.device) -> list:
+def _as_branches(networks: Sequence[Callable], device: torch.device) -> list:
     main, results = torch.cuda.current_stream(device), []
-    sides = _streams(device, len(functions))
-    for side, function in zip(sides, functions):
+    sides = _streams(device, len(networks))
+    for side, network in zip(sides, networks):
         side.wait_stream(main)
         with torch.cuda.stream(side):
-            results.append(function())
+            results.append(network())
     for side in sides:
         main.wait_stream(side)
     return results

@@ -137,7 +137,7 @@ def attention_cases(B: int, backward: bool = False) -> Iterator[Case]:
     for tokens in (0, TOKENS):
         for K, L in sizes:
             M = tokens or L
-            aim = 1.0 if backward else 1.3 if tokens else 1.05 if K == 40 else 1.0
+            aim = 0.8 if backward else 1.3 if tokens else 1.05 if K == 40 else 1.0     # of the fastest
             yield attention_case(f"{'cross' if tokens else 'self'} d{K} {L}x{M} B{B}", packed(B, L, M, K), attention,
                                  lambda f: f, B * HEADS * L * M, K, backward, aim=aim, compiled=B > 2 and not backward)
 
@@ -163,10 +163,16 @@ def norm_cases(backward: bool = False) -> Iterator[Case]:
     for C, side, B in sizes if GPU else [(64, 16, 2)]:
         x = torch.randn(B, C, side, side, device=DEVICE, dtype=DTYPE).to(memory_format=torch.channels_last)
         weight, bias = 1 + 0.1 * torch.randn(C, device=DEVICE, dtype=DTYPE), 0.1 * torch.ones_like(x[0, :, 0, 0])
+        others = dict(backward=backward, compiled=B > 2 and not backward, aim=3.0)
+        traffic = (3 if backward else 2) * x.nbytes
         yield Case(f"norm {C}@{side} B{B}, {x.nbytes / 1e6:.1f} MB", [x, weight, bias],
                    lambda x, weight, bias: group_norm_silu(x, weight, bias, GROUPS, 1e-5), plain_group_norm_silu,
-                   0, 0, (3 if backward else 2) * x.nbytes, backward=backward, compiled=B > 2 and not backward,
-                   aim=3.0)
+                   0, 0, traffic, **others)
+        if C == 320:                                                     # with the time embedding, as in a ResBlock
+            yield Case(f"norm {C}@{side} B{B}, shifted", [x, weight, bias, torch.randn_like(x[:, :, 0, 0])],
+                       lambda x, weight, bias, shift: group_norm_silu(x, weight, bias, GROUPS, 1e-5, shift=shift),
+                       lambda x, weight, bias, shift: plain_group_norm_silu(x + shift[:, :, None, None], weight, bias),
+                       0, 0, traffic, **others)
 
 
 # ---- Pointwise --------------------------------------------------------------------------------------------

@@ -25,14 +25,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 ROUNDS, WARM_UP, BATCH = 20, 3, 32
 NORMS = "group_norm_silu", "add_layer_norm"
 OPERATIONS = "attention", *NORMS, "geglu"
-OURS = {"ours": {}, "ours, no graph": {"graph": False}, "ours, no cache": {"cache": False, "graph": False},
-        "ours, nets in turn": {"at_once": 0}, "ours, no kernels": {"plain": OPERATIONS},
-        "ours, no attention": {"plain": ("attention",)}, "ours, no norms": {"plain": NORMS},
-        "ours, no GEGLU": {"plain": ("geglu",)}, "ours, NCHW": {"nchw": True}}
+OURS = {"ours": {}, "ours, no kernels": {"plain": OPERATIONS}}
+SWITCHES = {"ours, no graph": {"graph": False}, "ours, no cache": {"cache": False, "graph": False},
+            "ours, nets in turn": {"at_once": 0}, "ours, nets at once": {"at_once": 16},
+            "ours, no attention": {"plain": ("attention",)}, "ours, no norms": {"plain": NORMS},
+            "ours, no GEGLU": {"plain": ("geglu",)}}
 THEIRS = {"diffusers": {}, "diffusers NHWC": {"channels_last": True}}
 TRAINING = {"kernels": {}, "no kernels": {"plain": OPERATIONS}, "kernels, checkpointing": {"checkpointing": True},
             "kernels, no graph": {"graph": False}, "no kernels, no graph": {"plain": OPERATIONS, "graph": False}}
-SLOW_TO_START = {"diffusers compiled": {"channels_last": True, "compiled": "default"},
+SLOW_TO_START = {"ours, compiled": {"compiled": True},
+                 "diffusers compiled": {"channels_last": True, "compiled": "default"},
                  "diffusers max-autotune": {"channels_last": True, "compiled": "max-autotune"}}
 
 
@@ -42,11 +44,11 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def timed(step, device: str, rounds: int = ROUNDS) -> dict:
-    """Median ms of a step and the most memory it needed, weights with it."""
+def timed(step, device: str, rounds: int = ROUNDS) -> tuple[dict, "torch.Tensor | None"]:
+    """-> median ms of a step and the most memory it needed, weights with it; some numbers of its answer"""
     import torch
     for _ in range(WARM_UP):
-        step()
+        out = step()
     synchronise(device)
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -59,7 +61,8 @@ def timed(step, device: str, rounds: int = ROUNDS) -> dict:
         seconds.append(time.perf_counter() - began)
     # reserved, not allocated: a graph's own memory is allocated once, before its first replay
     peak = torch.cuda.max_memory_reserved() / 2**30 if device == "cuda" else float("nan")
-    return {"ms": 1000 * statistics.median(seconds), "gib": peak}
+    some = None if out is None else out.float().flatten()[::37].cpu()
+    return {"ms": 1000 * statistics.median(seconds), "gib": peak}, some
 
 
 def run_plain(operations: tuple[str, ...]) -> None:
@@ -70,34 +73,39 @@ def run_plain(operations: tuple[str, ...]) -> None:
                 (lambda *input_and_reason: False) if name in operations else use_triton)
 
 
-@lru_cache(maxsize=1)                  # most programs of ours are one model under other switches
-def our_model(folder: Path, device: str, nchw: bool):
+@lru_cache(maxsize=1)                  # programs of ours are one model under other switches
+def our_model(folder: Path, device: str):
     import torch
 
     from nanodisco.loading import for_inference, load
     model = load(folder / "ours", dtype=torch.bfloat16, say=lambda text: None)
     model.vae = model.clip = None
-    if device != "cpu":
-        model = for_inference(model, device)
-    return model.to(memory_format=torch.contiguous_format) if nchw else model
+    return for_inference(model, device) if device != "cpu" else model
 
 
 def our_step(folder: Path, device: str, frames: int, side: int, graph: bool | None = None, cache: bool = True,
-             nchw: bool = False, at_once: int = 4, plain: tuple[str, ...] = ()):
+             compiled: bool = False, at_once: int = 4, plain: tuple[str, ...] = ()):
     """at_once: frames up to which the networks run at the same time; plain: operations without our kernels."""
     import torch
     from bench_pipeline import inputs
 
-    from nanodisco import disco
+    from nanodisco import together
+    from nanodisco.graph import Captured
     from nanodisco.guidance import Guided
     run_plain(plain)
-    disco.FEW = at_once
-    model = our_model(folder, device, nchw)
+    together.FEW = at_once
+    model = our_model(folder, device)
     given = inputs(model.config, torch.bfloat16, frames, side, device)
     guided = Guided(model, given["tokens"], given["background"], torch.zeros_like(given["tokens"]), guidance=2.0,
-                    cache=cache, graph=graph if device == "cuda" else False)
+                    cache=cache, graph=graph if device == "cuda" else False, compiled=compiled)
     predict, t = guided(given["pose"]), torch.full((frames,), 481, device=device)
-    return lambda: predict(given["z"], t)
+
+    def step():
+        out = predict(given["z"], t)
+        if isinstance(guided.step, Captured) and not guided.step.graphs:
+            raise RuntimeError("was not captured as a CUDA graph")
+        return out
+    return step
 
 
 def their_step(folder: Path, device: str, frames: int, side: int, channels_last: bool = False, compiled: str = ""):
@@ -141,24 +149,37 @@ def training_step(folder: Path, device: str, side: int, batch: int, plain: tuple
         model.zero_grad(set_to_none=True)
         with torch.enable_grad(), torch.autocast(device, torch.bfloat16):
             model(given["z"], t, shown).float().square().mean().backward()
-    return record_cuda(step)[0] if graph and device == "cuda" else step
+    if not graph or device != "cuda":
+        return step
+    replay, _ = record_cuda(step)
+    return lambda keep=(step, model, given): replay()                    # a graph does not keep what it works on
 
 
-def row(name: str, make, device: str, frames: int, rounds: int = ROUNDS) -> dict | None:
-    """Time one program; a program that cannot run is told, and the table goes on."""
+def row(name: str, make, device: str, frames: int, rounds: int, first: list) -> dict | None:
+    """Time one program; a program that cannot run is told, and the table goes on.
+
+    first: the answer of the first program of this table, which the others are held against.
+    """
     import torch
     try:
         with torch.no_grad():
-            found = timed(make(), device, rounds)
-    except (ImportError, RuntimeError, torch.cuda.OutOfMemoryError) as error:
-        print(f"  {name:22} failed: {str(error).splitlines()[0][:80]}", flush=True)
+            found, out = timed(make(), device, rounds)
+    except Exception as error:                                           # of compilers, of libraries: any kind
+        print(f"  {name:24} failed: {type(error).__name__}: {str(error)[:80].splitlines()[:1]}", flush=True)
         return None
     finally:
         gc.collect()
         if device == "cuda":
+            torch._C._cuda_clearCublasWorkspaces()                       # or the next program's memory would hold them
             torch.cuda.empty_cache()
     found["frames_per_second"] = frames / (50 * found["ms"] / 1000)      # of fifty steps
-    print(f"  {name:22} {found['ms']:9.2f} {found['frames_per_second']:9.2f} {found['gib']:8.2f}", flush=True)
+    difference = ""
+    if out is not None:
+        first[:] = first or [out]
+        found["difference"] = ((out - first[0]).abs().max() / first[0].abs().max()).item()
+        difference = f"{found['difference']:10.1e}"
+    numbers = f"{found['ms']:9.2f} {found['frames_per_second']:9.2f} {found['gib']:8.2f}"
+    print(f"  {name:24} {numbers} {difference}", flush=True)
     return found
 
 
@@ -170,9 +191,10 @@ def main(arguments: list[str] | None = None) -> None:
     top.add_argument("--frames", type=int, nargs="+", default=[1, 16])
     top.add_argument("--size", type=int, nargs="+", default=[256, 512], help="pixels (default 256 512)")
     top.add_argument("--skip", nargs="*", default=[], metavar="PROGRAM",
-                     choices=[*OURS, *THEIRS, *SLOW_TO_START, "training"])
+                     choices=[*OURS, *SWITCHES, *THEIRS, *SLOW_TO_START, "training"])
     top.add_argument("--folder", metavar="DIR", type=Path, help="the random weights stay there, or are there already")
     top.add_argument("--only-write", action="store_true", help="write the weights to --folder and end")
+    top.add_argument("--seconds", type=float, default=float("inf"), help="begin no program after so many")
     top.add_argument("--json", metavar="FILE", help="write the numbers there")
     given = top.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -190,6 +212,14 @@ def main(arguments: list[str] | None = None) -> None:
             Path(given.json).parent.mkdir(parents=True, exist_ok=True)
             Path(given.json).write_text(json.dumps(result, indent=1))
 
+    began, left_out, answers = time.monotonic(), [], {}
+
+    def in_time(key: str, program: str) -> bool:
+        if program in given.skip or time.monotonic() - began <= given.seconds:
+            return program not in given.skip
+        left_out.append(key)
+        return False
+
     with tempfile.TemporaryDirectory() as name:
         folder = given.folder or Path(name)
         if not (folder / "written").exists():
@@ -200,31 +230,36 @@ def main(arguments: list[str] | None = None) -> None:
 
         def steps(size: int, programs: dict) -> None:
             for frames in given.frames:
-                print(f"\n{size} x {size}, {frames} frame(s), bf16, guidance 2\n{'':24} {'ms/step':>9} {'frames/s':>9} "
-                      f"{'GiB':>8}")
+                print(f"\n{size} x {size}, {frames} frame(s), bf16, guidance 2\n{'':26} {'ms/step':>9} {'frames/s':>9} "
+                      f"{'GiB':>8} difference")
                 for program, options in programs.items():
-                    make = partial(our_step if program in OURS else their_step, folder, device, frames, size // 8,
-                                   **options)
-                    if program not in given.skip:
-                        keep(f"{size} {frames} {program}", row(program, make, device, frames, rounds))
+                    step = our_step if program.startswith("ours") else their_step
+                    make = partial(step, folder, device, frames, size // 8, **options)
+                    if in_time(f"{size} {frames} {program}", program):
+                        keep(f"{size} {frames} {program}",
+                             row(program, make, device, frames, rounds, answers.setdefault((size, frames), [])))
 
         def training(size: int) -> None:
             print(f"\ntraining, {size} x {size}, batch {batch}, bf16 autocast, forward and backward")
             for program, options in TRAINING.items():
+                if not in_time(f"{size} training {program}", "training"):
+                    continue
                 make = partial(training_step, folder, device, size // 8, batch, **options)
-                found = row(program, make, device, batch, max(rounds // 4, 2))
+                found = row(program, make, device, batch, max(rounds // 4, 2), [])
                 keep(f"{size} training {program}", found)
                 if found:
                     print(f"  {'':22} {1000 * batch / found['ms']:9.1f} pictures a second")
 
         first, *others = given.size
         steps(first, OURS | THEIRS)
-        if "training" not in given.skip:
-            training(first)
+        training(first)
         for size in others:
             steps(size, {"ours": {}} | THEIRS)
+        steps(first, SWITCHES)
         for size in given.size:
             steps(size, SLOW_TO_START)                                   # last: minutes each before the first step
+    if left_out:
+        print(f"\nleft out after {given.seconds:.0f} s: {', '.join(left_out)}")
     sys.exit(any(found is None for found in result.values()))
 
 
