@@ -3,7 +3,7 @@ import pytest
 import test_golden_image as image
 import test_golden_temporal as temporal
 import torch
-from formula import MODULE, assert_all_close
+from formula import MODULE, assert_all_close, build, given
 
 from kernels import add_layer_norm_triton, attention_triton, backend, geglu_triton, group_norm_silu_triton
 
@@ -22,3 +22,15 @@ def test_a_unet_of_kernels_gives_the_official_numbers(monkeypatch, of, wanted):
         assert_all_close(of.unet(), wanted, MODULE)
     always = {"attention", "group_norm_silu_triton", "geglu_triton", "add_layer_norm_triton"}
     assert ran == always | ({"temporal_attention"} if of is temporal else set())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this network is on the CPU, for Triton's interpreter")
+def test_a_unet_of_kernels_is_trained_by_the_gradients_of_plain_operations(monkeypatch):
+    net, gradients = build("image").unet.requires_grad_(True), {}
+    for mode in ("torch", "triton"):
+        monkeypatch.setattr(backend, "MODE", mode)
+        net.zero_grad()
+        net(given("latents")[:1], given("timesteps")[:1], given("tokens")[:1]).square().mean().backward()
+        gradients[mode] = {name: parameter.grad for name, parameter in net.named_parameters()}
+    for name, wanted in gradients["torch"].items():
+        assert (gradients["triton"][name] - wanted).norm() <= 1e-4 * wanted.norm() + 1e-9, name
