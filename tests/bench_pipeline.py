@@ -3,7 +3,7 @@
     python tests/bench_pipeline.py                                 # full size, bf16 and fp32, some minutes
     python tests/bench_pipeline.py --dtype bf16 --compiled         # also torch.compile with freezing: many minutes
     python tests/bench_pipeline.py --tiny --rounds 2               # only to see that it runs
-    python tests/bench_pipeline_gpu.py --help                      # what runs where there is a GPU, with flags of its own
+    python tests/bench_pipeline_gpu.py --help                      # what runs where there is a GPU, and its flags
 
 A step is UNet + pose ControlNet + background ControlNet with guidance 2 at 32 x 32 latents, 257 tokens. Each
 program is a process of its own; ours and one other take turns, so that a busy machine slows both of them alike.
