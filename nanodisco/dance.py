@@ -125,7 +125,7 @@ class Set:
 
     def shown(self, frames: range, clip: ClipConfig, together: bool) -> Shown:
         rows = [self.rows[i] for i in frames]
-        alike = together or self.photo and self.scene or len({self.rows.video(i) for i in frames}) == 1
+        alike = together or (self.photo and self.scene) or len({self.rows.video(i) for i in frames}) == 1
         own = [(row.reference, row.mask) for row in (rows[:1] if alike else rows)]       # each is encoded
         photos, scenes = ([given] * len(own) if given else own for given in (self.photo, self.scene))
         poses = [row.pose if self.poses is None else self.poses[i] for i, row in zip(frames, rows)]
@@ -279,7 +279,7 @@ class Results:
         self.writers, self.count = [], 0
         self.settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(given).items()}
         self.settings |= {"versions": {name: _version(name) for name in ("torch", "nanodisco")},
-                          "model": to_dict(model.config)}
+                          "threads": torch.get_num_threads(), "model": to_dict(model.config)}
 
     def __enter__(self) -> "Results":
         write_text(self.out / "settings.yaml", yaml.safe_dump(self.settings, sort_keys=False))

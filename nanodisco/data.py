@@ -50,6 +50,8 @@ class Validation:
             if not isinstance(values.get(field), list if composite else str):
                 raise InputError(f"{path}: no `{field}`; expected " + ("a list of TSV files, as the set is composite"
                                                                        if composite else "the name of a TSV file"))
+        if composite and not isinstance(values.get("caption_linelist"), str):
+            raise InputError(f"{path}: no `caption_linelist`; expected the name of a TSV file, as the set is composite")
         tables = _joined(path, values) if composite else {field: Table(path.parent / values[field]) for field in FIELDS}
         self.images, self.poses, self.masks, self.videos = tables.values()
         if len(set(map(len, tables.values()))) > 1 or not len(self):
@@ -93,7 +95,7 @@ class Validation:
 
 def _joined(path: Path, values: dict) -> dict[str, Joined]:
     """official: a key begins with the name of its caption file, as the set spells it."""
-    lines = Table(path.parent / str(values.get("caption_linelist")))
+    lines = Table(path.parent / values["caption_linelist"])
     try:
         order = [(int(source), int(row)) for source, row, *_ in (lines[i] for i in range(len(lines)))]
     except ValueError:
@@ -101,7 +103,7 @@ def _joined(path: Path, values: dict) -> dict[str, Joined]:
     prefixes = [f"{name}_" for name in values["caption"]]
     if len({len(values[field]) for field in (*FIELDS, "caption")}) > 1:
         raise InputError(f"{path}: lists of different length; expected one file of each kind for each source")
-    return {field: Joined([Table(path.parent / name) for name in values[field]], order, prefixes, lines.path)
+    return {field: Joined([Table(path.parent / str(name)) for name in values[field]], order, prefixes, lines.path)
             for field in FIELDS}
 
 

@@ -141,7 +141,8 @@ def test_a_composite_set_can_be_trained_on(composite):
     ("lines.tsv", "0\t3\t0\n", "row 0: file 0, row 3; there are, with their rows: .*a.images.tsv 3"),
     ("lines.tsv", "2\t0\t0\n", "row 0: file 2, row 0"), ("lines.tsv", "one\t0\t0\n", "expected three numbers a row"),
     ("lines.tsv", "0\n", "expected three numbers a row"), ("lines.tsv", None, "lines.tsv is not there"),
-    ("composite.yaml", "caption: [a/captions.tsv]", "lists of different length")], ids=str)
+    ("composite.yaml", "caption: [a/captions.tsv]", "lists of different length"),
+    ("composite.yaml", "caption: [a, b]\ncaption_linelist:", "no `caption_linelist`")], ids=str)
 def test_a_composite_set_that_does_not_fit_is_refused(composite, name, content, words):
     path = composite.parent / name
     if content is None:

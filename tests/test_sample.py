@@ -122,6 +122,22 @@ def test_same_command_gives_the_same_bytes(place, tmp_path):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
 
 
+def test_networks_in_two_threads_give_the_same_bytes(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("nanodisco.together.WIDE", 0)
+    torch.set_num_threads(2)
+    try:
+        one, two = (run(place, tmp_path, out=out) for out in ("a", "b"))
+    finally:
+        torch.set_num_threads(1)
+    assert np.array_equal(one, two)
+
+
+def test_the_last_line_says_what_was_made_and_where(place, tmp_path, capsys):
+    run(place, tmp_path, "-L", 2)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("2 frames of 64x64 in ") and line.endswith(f" s: {tmp_path / 'out'}")
+
+
 @pytest.mark.parametrize("more", [["--batch", 1], ["--batch", 5], ["--no-cache"],
                                   ["--scheduler", "ddpm", "--batch", 1]])
 def test_batch_size_and_cache_change_no_frame(place, tmp_path, more):
@@ -204,6 +220,7 @@ def test_a_portrait_keeps_its_aspect(place, tmp_path):
 def test_settings_make_the_run_again(place, tmp_path):
     frames = run(place, tmp_path, out="a")
     settings = yaml.safe_load((tmp_path / "a" / "settings.yaml").read_text())
+    assert settings["threads"] == torch.get_num_threads()                # on which the last bits of a frame depend
     again = [f"--{name.replace('_', '-')}={settings[name]}" for name in ("ref", "poses", "weights", "width", "height",
              "steps", "cfg", "scheduler", "seed", "dtype", "device", "batch")]
     sample.main([*again, f"--out={tmp_path / 'b'}"])
@@ -313,11 +330,13 @@ def test_official_layout_has_the_official_names(place, validation, tmp_path):
     assert made == pictures | {"Model_Setting.json", "settings.yaml"}
 
 
-def test_names_and_settings_are_those_of_the_official_listing(place, validation, tmp_path):
+def test_names_and_settings_are_those_of_the_official_listing(place, tmp_path):
     listing = golden("eval_layout.json")
-    for key in listing["image_keys"]:
-        assert f"eval_visu/gt/{dance.official_name(key)}" in listing["image_model_run"]
-    evaluate(place, validation, tmp_path / "eval_visu", "--layout", "disco", "--cfg", 3, "-L", 1)
+    rows = write_set(tmp_path, [[key] for key in listing["image_keys"]])
+    evaluate(place, rows, tmp_path / "eval_visu", "--layout", "disco", "--cfg", 3)
+    made = {str(path.relative_to(tmp_path)) for path in (tmp_path / "eval_visu").rglob("*") if path.is_file()}
+    wanted = {name for name in listing["image_model_run"] if name.startswith("eval_visu/")}
+    assert made == wanted | {"eval_visu/settings.yaml"}
     settings = json.loads((tmp_path / "eval_visu" / "Model_Setting.json").read_text())
     assert settings == listing["model_setting_example"] | {"img_size": [64, 64]}
 
@@ -339,6 +358,14 @@ def test_parts_of_a_set_are_replaced_one_at_a_time(place, validation, tmp_path, 
     different = {path.parts[0] for path in files
                  if (tmp_path / "a" / path).read_bytes() != (tmp_path / "b" / path).read_bytes()}
     assert different == {changed, "pred_gs1.5_scale-cond1.0-ref1.0"}
+
+
+def test_all_parts_of_a_set_can_be_replaced(place, validation, tmp_path):
+    flags = ("--ref", place / "ref.png", "--poses", place / "poses", "--background", place / "ref.png",
+             "--format", "png")
+    evaluate(place, validation, tmp_path / "a", *flags, "--batch", 3)
+    track = run(place, tmp_path, *flags[4:], "--batch", 3, "-L", 3, out="b")
+    assert np.array_equal(track, np.stack(list(video.read(tmp_path / "a" / "frames"))))
 
 
 def test_flags_of_poses_and_masks_count_in_a_set_as_well(place, validation, tmp_path):
