@@ -294,6 +294,14 @@ def test_a_demanded_kernel_that_cannot_run_is_an_error(versions, monkeypatch):
         versions("triton", device="cpu")
 
 
+def test_wide_heads_need_a_gpu_with_the_memory_for_their_tiles(versions, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(sys.modules["kernels.attention"], "_shared_memory", lambda device: 101_376)      # a GeForce's
+    assert versions("triton", 160) == "kernel"
+    with pytest.raises(RuntimeError, match="heads of 168 needs 196,608 bytes"):
+        versions("triton", 168)
+
+
 def test_the_one_wide_head_and_empty_inputs_are_plain_in_every_mode(versions):
     assert {versions(mode, 512) for mode in backend.MODES} == {"plain"}
     assert {versions(mode, rows=0) for mode in backend.MODES} == {"plain"}

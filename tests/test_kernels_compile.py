@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from kernels.attention import ROOM
+
 triton = pytest.importorskip("triton")
 
 TESTS = Path(__file__).parent
@@ -28,6 +30,10 @@ def table(tmp_path_factory):
 
 def test_nothing_is_spilled_and_all_fits(table):
     assert not {name for name, row in table.items() if row["stack"] or row["spills"] or row["shared"] > SHARED}
+
+
+def test_the_largest_tile_is_what_wide_heads_are_said_to_need(table):
+    assert max(row["shared"] for row in table.values()) == ROOM
 
 
 def test_matrix_kernels_use_the_matrix_units_except_in_float32_and_for_dkeys_of_the_widest_heads(table):
