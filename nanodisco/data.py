@@ -25,7 +25,7 @@ from nanodisco import crops, dancers, transforms
 from nanodisco.config import ClipConfig, read_yaml
 from nanodisco.errors import InputError
 from nanodisco.recipe import DataConfig
-from nanodisco.tsv import Joined, Table
+from nanodisco.tsv import CompositeTable, Table
 
 FIELDS = ("img", "poses", "masks", "vid2line")           # of a set's YAML file
 
@@ -52,7 +52,8 @@ class Validation:
                                                                        if composite else "the name of a TSV file"))
         if composite and not isinstance(values.get("caption_linelist"), str):
             raise InputError(f"{path}: no `caption_linelist`; expected the name of a TSV file, as the set is composite")
-        tables = _joined(path, values) if composite else {field: Table(path.parent / values[field]) for field in FIELDS}
+        tables = _composite(path, values) if composite else {field: Table(path.parent / values[field])
+                                                             for field in FIELDS}
         self.images, self.poses, self.masks, self.videos = tables.values()
         if len(set(map(len, tables.values()))) > 1 or not len(self):
             rows = ", ".join(f"{field} {len(table)}" for field, table in tables.items())
@@ -93,7 +94,7 @@ class Validation:
                       self.images.picture(reference), self.masks.picture(reference, 1))
 
 
-def _joined(path: Path, values: dict) -> dict[str, Joined]:
+def _composite(path: Path, values: dict) -> dict[str, CompositeTable]:
     """official: a key begins with the name of its caption file, as the set spells it."""
     lines = Table(path.parent / values["caption_linelist"])
     try:
@@ -103,8 +104,8 @@ def _joined(path: Path, values: dict) -> dict[str, Joined]:
     prefixes = [f"{name}_" for name in values["caption"]]
     if len({len(values[field]) for field in (*FIELDS, "caption")}) > 1:
         raise InputError(f"{path}: lists of different length; expected one file of each kind for each source")
-    return {field: Joined([Table(path.parent / str(name)) for name in values[field]], order, prefixes, lines.path)
-            for field in FIELDS}
+    return {field: CompositeTable([Table(path.parent / str(name)) for name in values[field]], order, prefixes,
+                                  lines.path) for field in FIELDS}
 
 
 # ---- Training --------------------------------------------------------------------------------------------------

@@ -62,8 +62,8 @@ class Table:
             raise InputError(f"{self.path}, row {i}: no picture in it; the .lineidx may be of another file") from None
 
 
-class Joined:
-    """Rows of several tables in the order of a list, as one Table: the files of a composite set.
+class CompositeTable:
+    """Rows of several tables in the order of a list, used as one Table: the files of a composite set.
 
     order: [table, row] of each; prefixes: what a key of each table begins with, since two may have the same.
     """

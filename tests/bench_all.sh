@@ -24,7 +24,7 @@ run() {                                      # name, seconds, command…
 }
 
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    gpu=yes golden=55 test=105 kernels=105 pipeline=165             # with the picture 445 s at most, and a few to end
+    gpu=yes golden=55 test=105 kernels=105 pipeline=165             # with the picture 450 s at most, 475 if all are killed
     small=(--ignore=tests/test_kernels_compile.py)
     budget=(--seconds 80) bench=tests/bench_pipeline_gpu.py
     sizes=(--seconds 115 --skip "diffusers max-autotune" "ours, compiled")

@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def timed(step, device: str, rounds: int = ROUNDS) -> tuple[dict, "torch.Tensor | None"]:
+def timed(step, device: str, rounds: int = ROUNDS) -> tuple:
     """-> median ms of a step and the most memory it needed, weights with it; some numbers of its answer"""
     import torch
     for _ in range(WARM_UP):
@@ -73,6 +73,12 @@ def run_plain(operations: tuple[str, ...]) -> None:
                 (lambda *input_and_reason: False) if name in operations else use_triton)
 
 
+@cache
+def usual_frames_at_once() -> int:
+    from nanodisco.together import FEW
+    return FEW
+
+
 @lru_cache(maxsize=1)                  # programs of ours are one model under other switches
 def our_model(folder: Path, device: str):
     import torch
@@ -84,8 +90,8 @@ def our_model(folder: Path, device: str):
 
 
 def our_step(folder: Path, device: str, frames: int, side: int, graph: bool | None = None, cache: bool = True,
-             compiled: bool = False, at_once: int = 4, plain: tuple[str, ...] = ()):
-    """at_once: frames up to which the networks run at the same time; plain: operations without our kernels."""
+             compiled: bool = False, at_once: int | None = None, plain: tuple[str, ...] = ()):
+    """at_once: frames up to which the networks run at the same time, if not the usual; plain: without our kernels."""
     import torch
     from bench_pipeline import inputs
 
@@ -93,7 +99,8 @@ def our_step(folder: Path, device: str, frames: int, side: int, graph: bool | No
     from nanodisco.graph import Captured
     from nanodisco.guidance import Guided
     run_plain(plain)
-    together.FEW = at_once
+    usual = usual_frames_at_once()                                       # before it is changed for the first time
+    together.FEW = usual if at_once is None else at_once
     model = our_model(folder, device)
     given = inputs(model.config, torch.bfloat16, frames, side, device)
     guided = Guided(model, given["tokens"], given["background"], torch.zeros_like(given["tokens"]), guidance=2.0,

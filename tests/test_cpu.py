@@ -18,6 +18,11 @@ RUNS = golden("image/modules.safetensors")
 available = pytest.mark.skipif(bool(cpu.unavailable(torch.float32)), reason="this PyTorch has no prepacked layers")
 
 
+def memory_of_files() -> int:
+    """Bytes of files that this process has in memory (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[2]) * PAGESIZE
+
+
 @available
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("layer, shape", [
@@ -97,14 +102,12 @@ def test_weights_of_a_file_leave_memory_once_they_are_packed_and_can_still_be_re
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         weight = file.get_tensor("weight")
 
-    def resident():
-        return int(Path("/proc/self/statm").read_text().split()[2]) * PAGESIZE           # pages of files
     net = nn.Sequential(nn.Linear(2**11, 2**11, bias=False)).requires_grad_(False)
     net[0].weight.data = weight
     cpu.prepack(net)
-    total, before = weight.sum(), resident()
+    total, before = weight.sum(), memory_of_files()
     net(torch.ones(1, 2**11))
-    assert net[0].of_a_file and resident() < before - 0.9 * weight.nbytes
+    assert net[0].of_a_file and memory_of_files() < before - 0.9 * weight.nbytes
     assert weight.sum() == total
 
 

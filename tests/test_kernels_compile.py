@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels.attention import ROOM
+from kernels.attention import SHARED as OF_WIDE_HEADS
 
 triton = pytest.importorskip("triton")
 
@@ -33,7 +33,7 @@ def test_nothing_is_spilled_and_all_fits(table):
 
 
 def test_the_largest_tile_is_what_wide_heads_are_said_to_need(table):
-    assert max(row["shared"] for row in table.values()) == ROOM
+    assert max(row["shared"] for row in table.values()) == OF_WIDE_HEADS
 
 
 def test_matrix_kernels_use_the_matrix_units_except_in_float32_and_for_dkeys_of_the_widest_heads(table):

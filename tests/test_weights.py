@@ -3,7 +3,6 @@ import json
 import sys
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import diffusers
 import pytest
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from formula import build, given, golden, model, weight
+from test_cpu import memory_of_files
 from nanodisco import diffusion, loading, names, sizes, unpickle, weights
 from nanodisco.config import load as load_config, to_dict
 from nanodisco.disco import Conditions, DisCo
@@ -455,21 +455,16 @@ def test_packed_matrices_of_our_own_files_are_not_copied():
 
 # ---- Files seen as memory ------------------------------------------------------------------------
 
-def file_pages() -> int:
-    """Pages of files that this process has in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[2])
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which memory is of a file")
 def test_opening_a_file_reads_none_of_its_tensors(tmp_path):
     wanted = {f"unet.{i}": torch.randn(2**19) for i in range(32)}
     save_file(wanted, tmp_path / "a.safetensors")
     weights.read_tensors(tmp_path / "a.safetensors")                     # what opening itself needs is in memory now
-    before = file_pages()
+    before = memory_of_files()
     tensors = weights.read_tensors(tmp_path / "a.safetensors")
-    assert file_pages() - before < 32                                    # a tensor that is looked at brings 16 and more
+    assert memory_of_files() - before < 2**17                            # each that is looked at brings 2^16 and more
     assert_same_tensors(tensors, wanted)
-    assert file_pages() - before > 32 * 2**19 * 4 // 2**14
+    assert memory_of_files() - before > 2**24
 
 
 def test_tensors_that_do_not_lie_at_a_multiple_of_their_size_are_read_too(tmp_path):
