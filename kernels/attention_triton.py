@@ -3,13 +3,19 @@
 A program has a block of queries and walks over the keys (forward, dQ), or a block of keys and walks over
 the queries (dK, dV). No two programs write the same number, so results repeat bit for bit.
 
-    forward      running maximum m and sum l, in the letters of FlashAttention (arXiv:2205.14135, algorithm 1)
+    forward      sum l and, in float16 and float32, running maximum m, in the letters of FlashAttention
+                 (arXiv:2205.14135, algorithm 1)
     d_queries    dQ, and delta on the way
     d_keys       dK and dV, in the transposed score space; with few keys and many queries several programs
                  share a block of keys: each writes its part, in float32, and a second pass sums the parts
 
 exp(x) is exp2(x log2(e)): the scale and log2(e) are one factor, and LSE is kept in base 2. With 257 keys
 (CLIP's) the running softmax starts from key 0, which leaves 256: four even blocks instead of five.
+
+softmax(X - m) is the same for every m. The maximum keeps exp from leaving the numbers' range, and costs a third
+of the arithmetic: to find it, and to shrink what has been summed whenever it grows. bfloat16 reaches as far as
+float32, 2^-126 to 2^127, so there m = 0 at first. Where a sum comes near an end of that, which scores beyond 69 do,
+the block of queries is done again, with the maximum.
 """
 import math
 
@@ -24,6 +30,8 @@ from kernels.tiles_triton import (add, heads_adjacent, inner, inner_rows, load, 
 
 LOG2_E = math.log2(math.e)
 ENOUGH = 528                           # programs that fill an H100 or H200: four for each of 132 multiprocessors
+LEAST, MOST = tl.constexpr(1e-30), tl.constexpr(1e30)                    # of exponentials: where a sum is in range
+NEIGHBOURS = tl.constexpr(8)           # columns that a matrix unit's four threads share: others are summed by one thread
 FEW = 2 * 132 * 128                    # B N L up to which the GPU is not full; other tiles are faster then
 WIDTHS = (48, 64, 80, 96, 128, 160, 192, 256)                            # heads up to each of these share a size
 SIZES = {                              # BLOCK_L, BLOCK_M, warps, stages; 16 bits wide, float32
@@ -48,39 +56,83 @@ SIZES = {                              # BLOCK_L, BLOCK_M, warps, stages; 16 bit
 
 
 @triton.jit
-def forward(q_ptr, k_ptr, v_ptr,                                         # (B, L, N, K), 2 x (B, M, N, K)
-            o_ptr, lse_ptr,                                              # (B, L, N, K), (B, N, L)
-            q_batch, q_row, k_batch, k_row, v_batch, v_row, L, M, scale,
-            N: tl.constexpr, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-            BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, EVEN_L: tl.constexpr, EVEN_M: tl.constexpr,
-            FIRST: tl.constexpr):
-    block, n, b = place(tl.cdiv(L, BLOCK_L), N)
-    k_ptr += b * k_batch + n * K
-    v_ptr += b * v_batch + n * K
-    rows = block * BLOCK_L + tl.arange(0, BLOCK_L)
-    q = load(q_ptr + b * q_batch + n * K, rows * q_row, rows < L, EVEN_L, K, MAIN, TAIL)
+def scores(q, k_ptr, v_ptr, k_row, v_row, start, M, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+           BLOCK_M: tl.constexpr, EVEN_M: tl.constexpr):
+    """Of all queries with a block of keys, -inf beyond the last key; and the block's values."""
+    keys = start + tl.arange(0, BLOCK_M)
+    k = load(k_ptr, keys * k_row, keys < M, EVEN_M, K, MAIN, TAIL)
+    v = load(v_ptr, keys * v_row, keys < M, EVEN_M, K, MAIN, TAIL)
+    x = inner(q, k)
+    if not EVEN_M:
+        x = tl.where((keys < M)[None, :], x, float("-inf"))
+    return x, v
+
+
+@triton.jit
+def walk_unshifted(q, k_ptr, v_ptr, k_row, v_row, M, scale, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+                   BLOCK_M: tl.constexpr, EVEN_M: tl.constexpr, FIRST: tl.constexpr):
+    """Sum of exp(scores) as they are, and with it the sum of values."""
+    ROWS: tl.constexpr = q[0].shape[0]
+    parts_of_l = tl.zeros((ROWS, NEIGHBOURS), tl.float32)
+    if FIRST:
+        one = tl.arange(0, 1)
+        p_0 = tl.exp2(inner_rows(q, load(k_ptr, one, one == 0, True, K, MAIN, TAIL)) * scale)
+        acc = outer(p_0, load(v_ptr, one, one == 0, True, K, MAIN, TAIL))
+    else:
+        acc = zeros(ROWS, MAIN, TAIL)
+    for start in range(FIRST, M, BLOCK_M):
+        x, v = scores(q, k_ptr, v_ptr, k_row, v_row, start, M, K, MAIN, TAIL, BLOCK_M, EVEN_M)
+        p = tl.exp2(x * scale)
+        parts_of_l += tl.sum(tl.reshape(p, (ROWS, BLOCK_M // NEIGHBOURS, NEIGHBOURS)), 1)
+        acc = add(acc, p, v)
+    l = tl.sum(parts_of_l, 1)
+    return l + p_0 if FIRST else l, acc
+
+
+@triton.jit
+def walk(q, k_ptr, v_ptr, k_row, v_row, M, scale, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+         BLOCK_M: tl.constexpr, EVEN_M: tl.constexpr, FIRST: tl.constexpr, STAGES: tl.constexpr):
+    """The same less the running maximum, which is returned too."""
+    ROWS: tl.constexpr = q[0].shape[0]
     if FIRST:
         one = tl.arange(0, 1)
         m = inner_rows(q, load(k_ptr, one, one == 0, True, K, MAIN, TAIL)) * scale
-        l = tl.full((BLOCK_L,), 1.0, tl.float32)
+        l = tl.full((ROWS,), 1.0, tl.float32)
         acc = outer(l, load(v_ptr, one, one == 0, True, K, MAIN, TAIL))
     else:
-        m = tl.full((BLOCK_L,), float("-inf"), tl.float32)
-        l = tl.zeros((BLOCK_L,), tl.float32)
-        acc = zeros(BLOCK_L, MAIN, TAIL)
-    for start in range(FIRST, M, BLOCK_M):
-        keys = start + tl.arange(0, BLOCK_M)
-        k = load(k_ptr, keys * k_row, keys < M, EVEN_M, K, MAIN, TAIL)
-        v = load(v_ptr, keys * v_row, keys < M, EVEN_M, K, MAIN, TAIL)
-        x = inner(q, k)
-        if not EVEN_M:
-            x = tl.where((keys < M)[None, :], x, float("-inf"))
+        m = tl.full((ROWS,), float("-inf"), tl.float32)
+        l = tl.zeros((ROWS,), tl.float32)
+        acc = zeros(ROWS, MAIN, TAIL)
+    for start in tl.range(FIRST, M, BLOCK_M, num_stages=STAGES):
+        x, v = scores(q, k_ptr, v_ptr, k_row, v_row, start, M, K, MAIN, TAIL, BLOCK_M, EVEN_M)
         m_new = tl.maximum(m, tl.max(x, 1) * scale)
         alpha = tl.exp2(m - m_new)
         p = tl.exp2(x * scale - m_new[:, None])                          # one instruction: exponentials are the limit
         l = l * alpha + tl.sum(p, 1)
         acc = add(scaled(acc, alpha), p, v)
         m = m_new
+    return m, l, acc
+
+
+@triton.jit
+def forward(q_ptr, k_ptr, v_ptr,                                         # (B, L, N, K), 2 x (B, M, N, K)
+            o_ptr, lse_ptr,                                              # (B, L, N, K), (B, N, L)
+            q_batch, q_row, k_batch, k_row, v_batch, v_row, L, M, scale,
+            N: tl.constexpr, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+            BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, EVEN_L: tl.constexpr, EVEN_M: tl.constexpr,
+            FIRST: tl.constexpr, SHIFT: tl.constexpr, STAGES: tl.constexpr):
+    block, n, b = place(tl.cdiv(L, BLOCK_L), N)
+    k_ptr += b * k_batch + n * K
+    v_ptr += b * v_batch + n * K
+    rows = block * BLOCK_L + tl.arange(0, BLOCK_L)
+    q = load(q_ptr + b * q_batch + n * K, rows * q_row, rows < L, EVEN_L, K, MAIN, TAIL)
+    if SHIFT:
+        m, l, acc = walk(q, k_ptr, v_ptr, k_row, v_row, M, scale, K, MAIN, TAIL, BLOCK_M, EVEN_M, FIRST, STAGES)
+    else:
+        l, acc = walk_unshifted(q, k_ptr, v_ptr, k_row, v_row, M, scale, K, MAIN, TAIL, BLOCK_M, EVEN_M, FIRST)
+        m = tl.zeros((BLOCK_L,), tl.float32)
+        if tl.max(tl.where((l > LEAST) & (l < MOST), 0, 1), 0) > 0:      # a sum out of range, or no number
+            m, l, acc = walk(q, k_ptr, v_ptr, k_row, v_row, M, scale, K, MAIN, TAIL, BLOCK_M, EVEN_M and not FIRST, 0, 1)
     store(o_ptr + (b * L * N + n) * K, rows * (N * K), rows < L, scaled(acc, 1 / l), K)
     tl.store(lse_ptr + (b * N + n) * L + rows, m + tl.log2(l), mask=rows < L)
 
@@ -191,7 +243,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(q):
         forward[(-(-L // tile["BLOCK_L"]) * B * N,)](
             q, k, v, o, lse, *strides(q), *strides(k), *strides(v), L, M, K ** -0.5 * LOG2_E,
-            N, K, *parts(K), **tile, **launch)
+            N, K, *parts(K), SHIFT=q.dtype != torch.bfloat16, STAGES=None, **tile, **launch)
     return o, lse
 
 

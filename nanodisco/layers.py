@@ -88,6 +88,17 @@ class ResBlock(nn.Module):
             self.conv2.bias = None
 
 
+class Columns(nn.Module):
+    """What is this layer's of a product that many have joined, see Encoder.join_time_layers.   (B, all) -> (B, C)"""
+
+    def __init__(self, start: int, stop: int):
+        super().__init__()
+        self.start, self.stop = start, stop
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, self.start:self.stop]
+
+
 class Down(nn.Module):
     """Half the size by a convolution of stride 2.   (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2))
 

@@ -187,6 +187,9 @@ def for_inference(model: DisCo, device: str = "cpu", say: Callable[[str], None] 
         for module in model.modules():
             if isinstance(module, ResBlock):
                 module.fold_biases()
+        for net in (model.unet, model.pose, model.background):
+            if net is not None:
+                net.encoder.join_time_layers([module for module in net.modules() if isinstance(module, ResBlock)])
         gpu.prepare(model)
         return model.to(device, memory_format=torch.channels_last)
     cpu.keep_freed_memory()                                              # of activations, packed or not

@@ -8,12 +8,14 @@ DisCo; parts `down_blocks`, `mid_block`, `up_blocks`.
     z (B*F, C, h, w) ─ conv_in ─ down ─ … ─ down ─ mid ─ up ─ … ─ up ─ conv_out ─ (B*F, C, h, w)
                           └───────┴── skips ──┴──────────┘
 """
+from itertools import accumulate
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from nanodisco.config import UNetConfig
-from nanodisco.layers import Down, GroupNormSiLU, ResBlock, TimeEmbedding, Up
+from nanodisco.layers import Columns, Down, GroupNormSiLU, ResBlock, TimeEmbedding, Up
 from nanodisco.memo import Memo
 from nanodisco.transformer import Context, SpatialTransformer, rows_like
 
@@ -66,6 +68,7 @@ class Encoder(nn.Module):
         widths = config.widths
         self.conv_in = nn.Conv2d(config.channels, widths[0], 3, padding=1)
         self.time = TimeEmbedding(widths[0], 4 * widths[0])
+        self.joined: nn.Linear | None = None                             # see join_time_layers
         self.down = nn.ModuleList()
         self.widths_of_skips = [widths[0]]
         for i, width in enumerate(widths):
@@ -77,7 +80,21 @@ class Encoder(nn.Module):
 
     def embed(self, t: Tensor) -> Tensor:
         """What every ResBlock is told about the step.   (B,) -> (B, E)"""
-        return silu(self.time(t))
+        emb = silu(self.time(t))
+        return emb if self.joined is None else self.joined(emb)
+
+    @torch.no_grad()
+    def join_time_layers(self, blocks: list[ResBlock]) -> None:
+        """Make all that these ResBlocks make of the embedding at once, in one product. For inference: not to be saved."""
+        if self.joined is not None:
+            return
+        layers, stops = [block.time for block in blocks], [*accumulate(block.time.out_features for block in blocks)]
+        self.joined = nn.Linear(layers[0].in_features, stops[-1], device="meta")
+        self.joined.weight, self.joined.bias = (
+            nn.Parameter(torch.cat([getattr(layer, name) for layer in layers]), requires_grad=False)
+            for name in ("weight", "bias"))
+        for block, layer, stop in zip(blocks, layers, stops):
+            block.time = Columns(stop - layer.out_features, stop)
 
     def forward(self, z: Tensor, t: Tensor | Memo, tokens: Tensor | Context, frames: int = 1,
                 hint: Tensor | None = None) -> tuple[list[Tensor], Tensor, Memo]:
@@ -129,8 +146,7 @@ class UNet(nn.Module):
         if residuals is not None:
             *to_skips, to_middle = residuals
             assert len(to_skips) == len(skips), f"{len(to_skips)} residuals for {len(skips)} skips"
-            skips = [skip + residual for skip, residual in zip(skips, to_skips)]
-            h = h + to_middle
+            *skips, h = torch._foreach_add([*skips, h], [*to_skips, to_middle])     # all in one launch
         for level in self.up:
             for i in range(len(level.res)):
                 h = level.step(i, torch.cat([h, rows_like(skips.pop(), h)], dim=1), emb, tokens, frames)

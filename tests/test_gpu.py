@@ -43,6 +43,19 @@ def test_folded_biases_give_the_same_answer(variant):
     assert_close(net.unet(z, t, tokens), wanted, MODULE)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["image", "temporal"])
+def test_joined_time_layers_give_the_same_answer(variant):
+    net = copy.deepcopy(model(variant))
+    z, t, tokens = given("latents"), given("timesteps"), given("tokens")
+    wanted = net.unet(z, t, tokens)
+    blocks = [block for block in net.unet.modules() if isinstance(block, ResBlock)]
+    for _ in range(2):                                                   # the second time finds nothing to do
+        net.unet.encoder.join_time_layers(blocks)
+    assert not any(isinstance(block.time, torch.nn.Linear) for block in blocks)
+    assert_close(net.unet(z, t, tokens), wanted, MODULE)
+
+
 def test_a_model_for_another_device_has_none_of_the_slow_layers():
     net = for_inference(copy.deepcopy(model("image")), DEVICE)
     one_pixel = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (1, 1)]

@@ -3,6 +3,7 @@
 Errors are relative in the L2 norm. The interpreter cuts bfloat16 off where a GPU rounds, so half of the
 limits is the interpreter's. Seeds are fresh (conftest.py).
 """
+import math
 import sys
 from types import SimpleNamespace
 
@@ -125,6 +126,22 @@ def test_temporal_attention_is_the_formula_at_each_place(B, F, S, N, K, dtype):
 @pytest.mark.parametrize("B, L, N, K", PICTURES.values(), ids=PICTURES)
 def test_small_pictures_attend_to_themselves(B, L, N, K, dtype):
     assert_is(attention_triton.attention, formula, *packed(B, L, 3, N, K, dtype))
+
+
+@DTYPES
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")                    # numpy's, of the interpreter: inf is meant
+@pytest.mark.parametrize("M", [70, 257], ids=["70 keys", "257 keys"])
+@pytest.mark.parametrize("score", [400, -400, 0], ids=["all high", "all low", "far apart"])
+def test_scores_may_be_beyond_what_exp_can_give(score, M, dtype):
+    """exp(89) is no float32, and exp(-104) is 0. The second picture's scores are usual."""
+    q, k, v = (x.detach().clone() for x in inputs(2, 40, M, 1, 40, dtype))
+    q[0, ..., 0] = 16 * 40 ** 0.5
+    k[0, ..., 0] = score / 16 if score else 10 * torch.randn(M, 1)
+    o, lse = attention_triton.attend(q, k, v)
+    q, k, v = (x.double().cpu() for x in (q, k, v))
+    wanted = torch.logsumexp(torch.einsum("blnk, bmnk -> bnlm", q, k) / 40 ** 0.5, -1) * math.log2(math.e)
+    assert error(o, formula(q, k, v)) <= max(LIMITS[dtype], 1e-4)        # float32 knows 577 to 3e-5
+    assert error(lse, wanted) <= 1e-5
 
 
 def test_queries_may_lie_otherwise_than_keys_and_values():
