@@ -9,8 +9,8 @@ them folds what they found, channel by channel, into groups.
     apply          y = silu((x - centre) rstd weight + bias)
 
 `centre` is mean_g - shift, so no kernel adds the shift. It and `rstd` are kept for each picture and channel, and
-backward is of the same three: sums of g and g xhat; c1 and c2; dx. A few small pictures are done by one kernel, a
-few groups to a program, that reads its pixels twice. No atomics: results repeat bit for bit.
+backward is of the same three: sums of g and g xhat; c1 and c2; dx. Small pictures are done by one kernel, a few
+groups to a program, which reads its pixels once. No atomics: results repeat bit for bit.
 
 Arithmetic is in the type of the statistics: float32, or float64 where x is float64 (which only tests are).
 N pictures, K chunks of CHUNK pixels, BC channels of a tile, CG of a group. LAST: channels last in memory, else NCHW.
@@ -22,8 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SMALL = 256                            # pixels of a picture up to which one launch beats three, if x is small too:
-FEW = 2**20                            # numbers of x up to which it does
+SMALL = 2**15                          # numbers of some groups of a picture: up to so many stay in registers
 PROGRAMS = 2 * 132                     # keep an H200 busy: two for each multiprocessor
 FOUR_WARPS = {"num_warps": 4, "enable_fp_fusion": True}                  # a x + b in one: the default is changing
 
@@ -45,6 +44,11 @@ def width_of_groups(CG: int) -> int:
     return width * triton.cdiv(32, width)
 
 
+def tile_of_small(P: int, CG: int) -> tuple[int, int]:
+    """Pixels and channels of a whole picture's tile."""
+    return triton.next_power_of_2(P), triton.next_power_of_2(width_of_groups(CG))
+
+
 def tile_of_group(CG: int, rows: int) -> tuple[int, int]:
     """Lanes for the channels of a group and, of what there are in `rows`, rows at a time."""
     lanes = triton.next_power_of_2(CG)
@@ -61,27 +65,40 @@ def _places(pixels, channels, ours, P, C, LAST: tl.constexpr):
         return channels[None, :] * P + pixels[:, None], inside
 
 
+@triton.jit
+def _sigmoid(z):
+    """1 / (1 + exp(-z)). A root and a square are 2 instructions where a division is 8."""
+    root = tl.rsqrt(1 + tl.exp(-z))
+    return root * root
+
+
 # ---- Forward ----------------------------------------------------------------------------------------------
 
 @triton.jit
-def _moments(x, pixels, channels, ours, count, P, C, LAST: tl.constexpr, TYPE: tl.constexpr):
-    """Mean, and sum of squares around it, of each channel over the `count` pixels of a tile.   -> 2 x (BC,)"""
-    places, inside = _places(pixels, channels, ours, P, C, LAST)
-    tile = tl.load(x + places, mask=inside, other=0.0).to(TYPE)
-    mean = tl.sum(tile, 0) / count
-    centred = tl.where(inside, tile - mean[None, :], 0.0)
-    return mean, tl.sum(centred * centred, 0)
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
 
 
 @triton.jit
-def _normalise(x, y, pixels, channels, ours, centre, rstd, weight, bias, P, C, SILU: tl.constexpr, LAST: tl.constexpr):
-    """y = silu((x - centre) rstd weight + bias) for a tile."""
-    places, inside = _places(pixels, channels, ours, P, C, LAST)
-    z = tl.load(x + places, mask=inside, other=0.0).to(rstd.dtype) - centre[None, :]
-    z = z * (rstd * weight)[None, :] + bias[None, :]
+def _moments(x, tile, first, inside, channels, ours, count, P, C, LAST: tl.constexpr, TYPE: tl.constexpr):
+    """Mean, and sum of squares around it, of each channel over the `count` pixels of a tile.   -> 2 x (BC,)
+
+    In one go, of differences from the tile's first pixel: a large mean costs no digits, and since that is one of them,
+    its own square is part of the result, which rounding cannot exceed by more than `count` units.
+    """
+    pivot = tl.load(x + (first * C + channels if LAST else channels * P + first), mask=ours, other=0.0).to(TYPE)
+    d = tl.where(inside, tile.to(TYPE) - pivot[None, :], 0.0)
+    total, squares = tl.reduce((d, d * d), 0, _add_pairs)
+    return pivot + total / count, squares - total * total / count
+
+
+@triton.jit
+def _normalised(tile, centre, rstd, weight, bias, SILU: tl.constexpr):
+    """silu((x - centre) rstd weight + bias)"""
+    z = (tile.to(rstd.dtype) - centre[None, :]) * (rstd * weight)[None, :] + bias[None, :]
     if SILU:
-        z *= tl.sigmoid(z)
-    tl.store(y + places, z.to(y.dtype.element_ty), mask=inside)
+        z *= _sigmoid(z)
+    return z
 
 
 @triton.jit
@@ -105,8 +122,10 @@ def _statistics(x,                     # (N, P, C), or (N, C, P) if not LAST
     k, n, K = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
     pixels, channels = k * CHUNK + tl.arange(0, CHUNK), tl.program_id(0) * BC + tl.arange(0, BC)
     ours, count = channels < C, tl.minimum(CHUNK, P - k * CHUNK)
-    mean, squares = _moments(x + n.to(tl.int64) * P * C, pixels, channels, ours, count, P, C, LAST,
-                             slots.dtype.element_ty)
+    x += n.to(tl.int64) * P * C
+    places, inside = _places(pixels, channels, ours, P, C, LAST)
+    tile = tl.load(x + places, mask=inside, other=0.0)
+    mean, squares = _moments(x, tile, k * CHUNK, inside, channels, ours, count, P, C, LAST, slots.dtype.element_ty)
     slot = slots + (n * K + k) * C + channels
     tl.store(slot, mean, mask=ours)
     tl.store(slot + tl.num_programs(2) * K * C, squares, mask=ours)
@@ -165,8 +184,11 @@ def _apply(x, y,                       # (N, P, C), or (N, C, P) if not LAST
     n = N - 1 - tl.program_id(2)                                         # those read last are still in the L2 cache
     pixels, channels = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK), tl.program_id(0) * BC + tl.arange(0, BC)
     ours, picture = channels < C, n.to(tl.int64) * P * C
+    places, inside = _places(pixels, channels, ours, P, C, LAST)
+    tile = tl.load(x + picture + places, mask=inside, other=0.0)
     centre, rstd, w, b = _vectors(stats, weight, bias, n, N, channels, ours, C)
-    _normalise(x + picture, y + picture, pixels, channels, ours, centre, rstd, w, b, P, C, SILU, LAST)
+    z = _normalised(tile, centre, rstd, w, b, SILU)
+    tl.store(y + picture + places, z.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -184,34 +206,29 @@ def _small(x, y,                       # (N, P, C), or (N, C, P) if not LAST
            stats,                      # (2, N, C): centre, rstd
            P, C, EACH, eps,
            CG: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr,
-           LAST: tl.constexpr, CHUNK: tl.constexpr, BC: tl.constexpr):
-    """All three for the WIDTH channels of a few groups of a picture."""
+           LAST: tl.constexpr, PIXELS: tl.constexpr, BC: tl.constexpr):
+    """All three for the WIDTH channels of a few groups of a picture, whose pixels stay in registers."""
     TYPE: tl.constexpr = stats.dtype.element_ty
     n, N, lanes = tl.program_id(1), tl.num_programs(1), tl.arange(0, BC)
-    channels = tl.program_id(0) * WIDTH + lanes
-    ours = (lanes < WIDTH) & (channels < C)
-    x, y = x + n.to(tl.int64) * P * C, y + n.to(tl.int64) * P * C
-    mean, squares = tl.zeros([BC], TYPE), tl.zeros([BC], TYPE)
-    for start in range(0, P, CHUNK):                                     # Chan's formula: `count` more than `start`
-        count = tl.minimum(CHUNK, P - start)
-        new, more = _moments(x, start + tl.arange(0, CHUNK), channels, ours, count, P, C, LAST, TYPE)
-        new, share = new - mean, count / (start + count).to(TYPE)
-        squares += more + new * new * share * start
-        mean += new * share
+    pixels, channels = tl.arange(0, PIXELS), tl.program_id(0) * WIDTH + lanes
+    ours, picture = (lanes < WIDTH) & (channels < C), n.to(tl.int64) * P * C
+    places, inside = _places(pixels, channels, ours, P, C, LAST)
+    tile = tl.load(x + picture + places, mask=inside, other=0.0)
+    w, b = _of_channels(weight, channels, ours, TYPE), _of_channels(bias, channels, ours, TYPE)
+    mean, squares = _moments(x + picture, tile, 0, inside, channels, ours, P, P, C, LAST, TYPE)
     if SHIFT:
         added = _of_channels(shift + n // EACH * C, channels, ours, TYPE)
     else:
         added = tl.zeros([BC], TYPE)
     mean += added
     mean_g = _over_group(mean, lanes, CG, GROUPS) / CG
-    squares += tl.where(ours, P * (mean - mean_g) * (mean - mean_g), 0.0)
+    squares += tl.where(ours, P * (mean - mean_g) * (mean - mean_g), 0.0)    # Chan's formula
     rstd = tl.rsqrt(_over_group(squares, lanes, CG, GROUPS) / (CG * P) + eps)
     centre = mean_g - added
     tl.store(stats + n * C + channels, centre, mask=ours)
     tl.store(stats + (N + n) * C + channels, rstd, mask=ours)
-    w, b = _of_channels(weight, channels, ours, TYPE), _of_channels(bias, channels, ours, TYPE)
-    for start in range(0, P, CHUNK):
-        _normalise(x, y, start + tl.arange(0, CHUNK), channels, ours, centre, rstd, w, b, P, C, SILU, LAST)
+    z = _normalised(tile, centre, rstd, w, b, SILU)
+    tl.store(y + picture + places, z.to(y.dtype.element_ty), mask=inside)
 
 
 # ---- Backward ---------------------------------------------------------------------------------------------
@@ -224,7 +241,7 @@ def _gradient_of_z(x, dy, places, inside, centre, rstd, weight, bias, SILU: tl.c
     g = tl.load(dy + places, mask=inside, other=0.0).to(rstd.dtype)
     if SILU:
         z = xhat * weight[None, :] + bias[None, :]
-        sigmoid = tl.sigmoid(z)
+        sigmoid = _sigmoid(z)
         g *= sigmoid * (1 + z * (1 - sigmoid))
     return xhat, g
 
@@ -322,12 +339,11 @@ def launch_small(x, y, weight, bias, shift, stats, groups, eps, frames, silu) ->
     N, C, H, W = x.shape
     P, CG = H * W, C // groups
     width = width_of_groups(CG)
-    BC = triton.next_power_of_2(width)
-    CHUNK = min(8192 // BC, max(16, triton.next_power_of_2(P)))
+    PIXELS, BC = tile_of_small(P, CG)
     _small[triton.cdiv(C, width), N](
         x, y, weight, bias, shift, stats, P, C, 1 if shift is None else N // len(shift), eps, CG=CG, WIDTH=width,
         GROUPS=triton.next_power_of_2(width // CG), SHIFT=shift is not None, SILU=silu, LAST=channels_last(x),
-        CHUNK=CHUNK, BC=BC, **FOUR_WARPS | {"num_warps": 8 if CHUNK * BC > 4096 else 4})
+        PIXELS=PIXELS, BC=BC, **FOUR_WARPS | {"num_warps": min(16, max(1, PIXELS * BC // 2048))})
 
 
 def launch_tiles(x, y, weight, bias, shift, stats, groups, eps, frames, silu) -> None:
@@ -369,8 +385,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, group
     """y in `dtype`; centre and rstd, (2, N, C)."""
     x = dense(x)
     y, stats = torch.empty_like(x, dtype=dtype), statistics_for(x, 2, *x.shape[:2])
-    small = (frames == 1 and x.shape[2] * x.shape[3] <= SMALL and x.numel() <= FEW
-             and width_of_groups(x.shape[1] // groups) <= 128)
+    small = frames == 1 and math.prod(tile_of_small(x.shape[2] * x.shape[3], x.shape[1] // groups)) <= SMALL
     with torch.cuda.device_of(x):
         (launch_small if small else launch_tiles)(x, y, weight, bias, shift, stats, groups, eps, frames, silu)
     return y, stats

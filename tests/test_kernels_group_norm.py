@@ -53,7 +53,7 @@ def memory_is_nan_until_written():
 @pytest.fixture(params=["small", "tiles"])
 def way(request, monkeypatch):
     """Of a small picture: one launch for all, or three. Clips always go by tiles."""
-    monkeypatch.setattr(kernels, "SMALL", 256 if request.param == "small" else 0)
+    monkeypatch.setattr(kernels, "SMALL", kernels.SMALL if request.param == "small" else 0)
 
 
 def inputs(shape, dtype=torch.float32, layout="NHWC", mean=0.5, std=2.0):
@@ -105,9 +105,18 @@ def test_other_types_are_rounded_only_where_they_are_stored(shape, dtype, way):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_picture_of_many_chunks(layout):
-    assert 17 * 19 > kernels.SMALL
+def test_a_picture_of_many_chunks(monkeypatch, layout):
+    monkeypatch.setattr(kernels, "SMALL", 0)
     check((2, 20, 17, 19, 2, 1, 1), layout=layout)
+
+
+def test_a_first_pixel_far_from_all_others_does_not_cost_precision(way):
+    """Sums of squares are of differences from it."""
+    x, weight, bias, _, _ = inputs(shape := (1, 4, 9, 9, 2, 1, 0))
+    x[:, :, 0, 0] += 1e4
+    got = kernels.group_norm_silu_triton(x, weight, bias, shape[4], 1e-5)
+    wanted = group_norm_silu_reference(x.double(), weight.double(), bias.double(), shape[4], 1e-5)
+    assert error(got, wanted) <= 1e-5
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
