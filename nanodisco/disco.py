@@ -9,7 +9,7 @@ Three conditions, each with its own door, so each can be swapped alone. Attribut
 `Net` in `net.py`, `TemConvNet` for video.
 """
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -140,7 +140,7 @@ class DisCo(nn.Module):
             assert background is not None, "this model has a background net; it needs a background"
             networks.append(partial(self.background, z, t, tokens, background, frames, background_scale))
         encoded, *found = together(*networks, z=z, channels=self.config.unet.widths[0])
-        residuals = reduce(torch._foreach_add, found) if found else None     # of all networks; on a GPU in one launch
+        residuals = [sum(more, first) for first, *more in zip(*found)] if found else None
         out = self.unet(z, t, tokens, residuals, frames, encoded).to(zt.dtype)
         return unfold(out, frames) if zt.ndim == 5 else out
 

@@ -146,7 +146,8 @@ class UNet(nn.Module):
         if residuals is not None:
             *to_skips, to_middle = residuals
             assert len(to_skips) == len(skips), f"{len(to_skips)} residuals for {len(skips)} skips"
-            *skips, h = torch._foreach_add([*skips, h], [*to_skips, to_middle])     # all in one launch
+            skips = [skip + residual for skip, residual in zip(skips, to_skips)]
+            h = h + to_middle
         for level in self.up:
             for i in range(len(level.res)):
                 h = level.step(i, torch.cat([h, rows_like(skips.pop(), h)], dim=1), emb, tokens, frames)
