@@ -1,6 +1,6 @@
 """Convolution of 3 x 3 pixels, for inference: what is added afterwards is added on the way out.
 
-    y[b, i, j, o] = bias[o] + more[b mod len(more), i, j, o] + sum over u, v, c of x[b, i+u-1, j+v-1, c] w[o, u, v, c]
+    y[b, i, j, o] = bias[o] + more[b, i, j, o] + sum over u, v, c of x[b, i+u-1, j+v-1, c] w[o, u, v, c]
 
 with zeros around the picture. As a product of matrices, channels last: a row for each of the M = B H W pixels, a column
 for each output, and 9 C_in numbers summed. With one or two pictures the result is too small to be shared out among all
@@ -11,24 +11,37 @@ Bytes: the weights and `more` once, x once for each tile of outputs, y once, and
 number of y, which stay in the cache. No backward: training keeps cuDNN.
 """
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from kernels.backend import use_triton
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
+FEW = 160                              # tiles of 64 x 64 numbers of the result up to which cuDNN is slower, on an H200
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d, to whose result something may be added.   (B, C_in, H, W), (B, C_out, H', W') -> (B, C_out, H', W')"""
+
+    def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
+        y = super().forward(x)
+        return y if more is None else more + y
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, more: Tensor | None = None) -> Tensor:
     """conv2d(x, weight, bias, padding=1) + more.   (B, C_in, H, W), (C_out, C_in, 3, 3) -> (B, C_out, H, W)
 
-    All channels last; weights that are not are copied, each time. more: what is added, (B / n, C_out, H, W), repeated
-    n times where it is of fewer pictures.
+    All channels last; weights that are not are copied, each time. more, of the result's shape, is added to it.
     """
-    if use_triton(x, why_unfit(x, weight, bias, more)):
+    if is_small(x, weight) and use_triton(x, why_unfit(x, weight, bias, more)):
         from kernels.conv_triton import conv3x3_triton
         return conv3x3_triton(x, weight, bias, more)
     return conv3x3_reference(x, weight, bias, more)
+
+
+def is_small(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel is the faster one. In float32 cuDNN is, which has TF32."""
+    return -(-x[:, 0].numel() // 64) * -(-len(weight) // 64) <= FEW and x.element_size() == 2
 
 
 def why_unfit(*tensors: Tensor | None) -> str:
@@ -48,4 +61,4 @@ def why_unfit(*tensors: Tensor | None) -> str:
 def conv3x3_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, more: Tensor | None = None) -> Tensor:
     """The same in plain PyTorch."""
     y = conv2d(x, weight, bias, padding=1)
-    return y if more is None else y + more.repeat(len(x) // len(more), 1, 1, 1)
+    return y if more is None else more + y

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear, pad
 
 from kernels.geglu import GEGLU, geglu_reference
-from kernels.gpu import is_pointwise
+from kernels.gpu import is_plain
 from kernels.up_conv import UpConv2d, part_weights, up_conv, windows
 from kernels.winograd import conv3x3, transform_weight
 
@@ -75,7 +75,7 @@ class PackedPointwise(PackedLinear):
 
 
 class PackedConv2d(PackedLinear):
-    """nn.Conv2d; its output is channels last.   (B, C_in, H, W) -> (B, C_out, H', W')
+    """Conv2d of conv.py or nn.Conv2d; its output is channels last.   (B, C_in, H, W) -> (B, C_out, H', W')
 
     A 3 x 3 convolution of few pixels takes the time of reading its weights; a product of matrices reads
     them about twice as fast as oneDNN's convolution. One of many pixels takes the time of its
@@ -88,11 +88,12 @@ class PackedConv2d(PackedLinear):
         # One of the three below. Not bound to this layer: a layer that holds itself outlives its last use.
         self.convolve: Callable[[PackedConv2d, Tensor], Tensor] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         if not self.packed:
             self.convolve = self._suited_to(x)
-        return self.convolve(self, x)
+        y = self.convolve(self, x)
+        return y if more is None else more + y
 
     def _suited_to(self, x: Tensor) -> Callable[["PackedConv2d", Tensor], Tensor]:
         if self.weight.shape[2:] == (3, 3) and self.geometry == ((1, 1), (1, 1), (1, 1), 1):
@@ -174,7 +175,7 @@ def prepack(model: nn.Module, files: Sequence[range] | None = None) -> None:
         if isinstance(layer, UpConv2d):
             setattr(model, name, PackedUpConv2d(layer, files))
         elif isinstance(layer, nn.Conv2d):
-            setattr(model, name, (PackedPointwise if is_pointwise(layer) else PackedConv2d)(layer, files))
+            setattr(model, name, (PackedPointwise if is_plain(layer, 1) else PackedConv2d)(layer, files))
         elif type(layer) is GEGLU:
             setattr(model, name, PackedGEGLU(layer, files))
         elif isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward:

@@ -1,17 +1,21 @@
-"""Inference on a GPU: convolutions of one pixel as matrix products, whose bias costs nothing.
+"""Inference on a GPU: convolutions whose bias, and what else is added to their result, cost nothing.
 
 cuDNN's convolution leaves the bias to PyTorch, which adds it by a kernel that reads and writes the whole result
-again. A product of matrices adds it on the way out. `prepare` swaps the layers; the weights are the same memory.
-(Biases of 3 x 3 convolutions find other homes: ResBlock.fold_biases of nanodisco/layers.py.)
+again. A product of matrices adds it on the way out: so convolutions of one pixel are linear layers, and small ones of
+3 x 3 pixels have a kernel of our own (conv.py). `prepare` swaps the layers; the weights are the same memory.
+(Biases of large 3 x 3 convolutions find other homes: ResBlock.fold_biases of nanodisco/layers.py.)
 """
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import interpolate, linear
 
-GEOMETRY = ((1, 1), (1, 1), (0, 0), 1) # kernel, stride, padding, groups of a convolution of one pixel
+from kernels.conv import conv3x3
+from kernels.up_conv import UpConv2d
 
 
-def is_pointwise(layer: nn.Conv2d) -> bool:
-    return GEOMETRY == (layer.kernel_size, layer.stride, layer.padding, layer.groups)
+def is_plain(layer: nn.Conv2d, size: int) -> bool:
+    """A convolution of so many pixels each way that keeps the size of the picture."""
+    return (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups) == (
+        (size, size), (1, 1), (size // 2, size // 2), (1, 1), 1)
 
 
 class Pointwise(nn.Module):
@@ -25,10 +29,30 @@ class Pointwise(nn.Module):
         return linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
+class Conv3x3(nn.Module):
+    """Conv2d of conv.py, of 3 x 3 pixels.   (B, C_in, H, W), (B, C_out, H, W) -> (B, C_out, H, W)"""
+
+    def __init__(self, layer: nn.Conv2d):
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
+        return conv3x3(x, self.weight, self.bias, more)
+
+
+class UpConv3x3(Conv3x3):
+    """UpConv2d of up_conv.py.   (B, C_in, H, W) -> (B, C_out, *size)"""
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        return super().forward(interpolate(x, size=tuple(size), mode="nearest"))
+
+
 def prepare(model: nn.Module) -> None:
     """Swap every such Conv2d inside `model` in place."""
     for name, layer in list(model.named_children()):
-        if isinstance(layer, nn.Conv2d) and is_pointwise(layer):
-            setattr(model, name, Pointwise(layer))
-        else:
+        if not isinstance(layer, nn.Conv2d):
             prepare(layer)
+        elif is_plain(layer, 1):
+            setattr(model, name, Pointwise(layer))
+        elif is_plain(layer, 3) and layer.in_channels % 8 == 0:          # other rows do not begin at 16 bytes
+            setattr(model, name, (UpConv3x3 if isinstance(layer, UpConv2d) else Conv3x3)(layer))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 
-from kernels import UpConv2d, group_norm_silu
+from kernels import Conv2d, UpConv2d, group_norm_silu
 from nanodisco.memo import Memo
 from nanodisco.temporal import TemporalConv, Zero
 
@@ -64,7 +64,7 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(time_width, c_out) if time_width else None
         self.norm2 = GroupNormSiLU(groups, c_out, eps)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
         self.temporal = TemporalConv(c_out, groups, eps) if temporal else None
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -72,10 +72,11 @@ class ResBlock(nn.Module):
         # (B*F, C_in, H, W), silu of the time embedding (B or 1, E) -> (B*F, C_out, H, W)
         h = self.conv1(self.norm1(x, frames))
         shift = emb.through(self.time) if emb is not None else None      # (B or 1, C_out)
-        h = self.conv2(self.norm2(h, frames, shift))
-        if self.temporal is not None:
-            h = h + self.temporal(h, frames)
-        return self.skip(x) + h
+        h = self.norm2(h, frames, shift)
+        if self.temporal is None:
+            return self.conv2(h, self.skip(x))
+        h = self.conv2(h)
+        return self.skip(x) + (h + self.temporal(h, frames))
 
     @torch.no_grad()
     def fold_biases(self) -> None:

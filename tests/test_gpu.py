@@ -5,7 +5,7 @@ import pytest
 import torch
 from formula import MODULE, assert_close, given, model
 
-from kernels import gpu
+from kernels import Conv2d, UpConv2d, gpu
 from nanodisco.layers import ResBlock
 from nanodisco.loading import for_inference
 
@@ -21,12 +21,26 @@ def test_a_convolution_of_one_pixel_is_a_product(channels_last):
     torch.testing.assert_close(gpu.Pointwise(conv)(x), conv(x))
 
 
+@torch.no_grad()
+def test_a_convolution_of_3x3_pixels_adds_what_is_added():
+    net = torch.nn.ModuleList([Conv2d(8, 6, 3, padding=1), torch.nn.Conv2d(8, 6, 3, padding=1),
+                               UpConv2d(8, 6, 3, padding=1)])
+    conv, plain, up = net
+    gpu.prepare(net)
+    x, more = torch.randn(2, 8, 5, 4), torch.randn(2, 6, 5, 4)
+    torch.testing.assert_close(net[0](x, more), conv(x, more))
+    torch.testing.assert_close(net[1](x), plain(x))
+    torch.testing.assert_close(net[2](x, (9, 8)), up(x, (9, 8)))
+    assert [type(layer) for layer in net] == [gpu.Conv3x3, gpu.Conv3x3, gpu.UpConv3x3]
+
+
 def test_other_convolutions_stay():
-    others = [torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 4, 1, stride=2), torch.nn.Conv2d(4, 4, 1, groups=2),
-              torch.nn.Conv2d(4, 4, 1, padding=1)]
+    others = [torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.Conv2d(4, 4, 1, stride=2),
+              torch.nn.Conv2d(4, 4, 1, groups=2), torch.nn.Conv2d(4, 4, 1, padding=1), torch.nn.Conv2d(8, 8, 3),
+              torch.nn.Conv2d(8, 8, 3, padding=1, stride=2), torch.nn.Conv2d(8, 8, 3, padding=2, dilation=2)]
     net = torch.nn.Sequential(*others, torch.nn.Conv2d(4, 4, 1))
     gpu.prepare(net)
-    assert list(net)[:4] == others and isinstance(net[4], gpu.Pointwise)
+    assert list(net)[:-1] == others and isinstance(net[-1], gpu.Pointwise)
 
 
 @torch.no_grad()

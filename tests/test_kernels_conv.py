@@ -35,8 +35,8 @@ def small_tiles(monkeypatch):
     use_tiles(monkeypatch, 1)
 
 
-def use_tiles(monkeypatch, S, near=False):
-    monkeypatch.setattr(convs, "tiles", lambda *shape: (32, 16, 16, S, 4, 2, near))
+def use_tiles(monkeypatch, S):
+    monkeypatch.setattr(convs, "tiles", lambda *shape: (32, 16, 16, S, 4, 2))
 
 
 def normal(*shape, dtype=torch.float32):
@@ -44,11 +44,11 @@ def normal(*shape, dtype=torch.float32):
     return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
 
 
-def inputs(shape, dtype=torch.float32, bias=True, more=1):
-    """x, weight, bias or None, and of how many parts of the pictures something is added: 1 all, 2 half, 0 none."""
+def inputs(shape, dtype=torch.float32, bias=True, more=True):
+    """x, weight, bias or None, what is added or None."""
     B, C, N, H, W = shape
     return (normal(B, C, H, W, dtype=dtype), normal(N, C, 3, 3, dtype=dtype), normal(N, dtype=dtype) if bias else None,
-            normal(B // more, N, H, W, dtype=dtype) if more else None)
+            normal(B, N, H, W, dtype=dtype) if more else None)
 
 
 def check(given):
@@ -68,8 +68,8 @@ def test_it_is_the_convolution_of_float64(shape, S, monkeypatch):
 
 
 @splits
-@pytest.mark.parametrize("bias, more", [(False, 0), (True, 0), (False, 1), (True, 2)],
-                         ids=["nothing", "bias", "more", "bias and more of half the pictures"])
+@pytest.mark.parametrize("bias, more", [(False, False), (True, False), (False, True), (True, True)],
+                         ids=["nothing", "bias", "more", "bias and more"])
 def test_what_is_added_is_added(S, bias, more, monkeypatch):
     use_tiles(monkeypatch, S)
     check(inputs(ODD, bias=bias, more=more))
@@ -79,16 +79,7 @@ def test_what_is_added_is_added(S, bias, more, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_other_types_are_rounded_only_where_they_are_stored(dtype, S, monkeypatch):
     use_tiles(monkeypatch, S)
-    check(inputs(ODD, dtype, more=2))
-
-
-def test_where_numbers_are_cached_changes_no_bit(monkeypatch):
-    given = inputs(ODD)
-    near, far = [], []
-    for results, where in (near, True), (far, False):
-        use_tiles(monkeypatch, 3, near=where)
-        results.append(check(given))
-    assert torch.equal(near[0], far[0])
+    check(inputs(ODD, dtype))
 
 
 def test_each_tap_looks_where_pytorch_looks():
@@ -116,7 +107,7 @@ def test_nothing_is_written_outside_of_the_result(S):
     x, weight, bias, more = inputs(ODD)
     around = torch.empty(5, 5, 7, 20, device=DEVICE)
     y = around[1:3].permute(0, 3, 1, 2)
-    convs.launch(x, weight, bias, more, y, 32, 16, 16, S, 4, 2, False)
+    convs.launch(x, weight, bias, more, y, 32, 16, 16, S, 4, 2)
     assert around[[0, 3, 4]].isnan().all() and not y.isnan().any()
 
 
@@ -150,21 +141,29 @@ def test_unfit_inputs_say_why():
 
 
 def test_the_switch_chooses_the_kernel(monkeypatch):
-    given = inputs((1, 8, 4, 3, 3))
+    given = inputs((1, 8, 4, 3, 3), torch.float16)
     for mode, version in ("torch", conv3x3_reference), ("triton", convs.conv3x3_triton):
         monkeypatch.setattr(backend, "MODE", mode)
         assert torch.equal(conv3x3(*given), version(*given))
 
 
-@pytest.mark.parametrize("more", [0, 2])
+def test_large_pictures_and_float32_are_left_to_pytorch(monkeypatch):
+    monkeypatch.setattr(convs, "conv3x3_triton", lambda *given: pytest.fail("a kernel ran"))
+    monkeypatch.setattr(backend, "MODE", "triton")
+    for size, dtype in (8, torch.float32), (104, torch.float16):         # 169 tiles
+        given = inputs((1, 8, 4, size, size), dtype)
+        assert torch.equal(conv3x3(*given), conv3x3_reference(*given))
+
+
+@pytest.mark.parametrize("more", [False, True])
 def test_the_operation_is_registered_as_it_behaves(more):
-    opcheck(convs.conv3x3_triton, inputs((2, 8, 4, 3, 3), bias=more > 0, more=more))
+    opcheck(convs.conv3x3_triton, inputs((2, 8, 4, 3, 3), bias=more, more=more))
 
 
 def test_tiles_are_powers_of_two_and_shares_have_steps_enough(monkeypatch):
     monkeypatch.undo()
     for B, side, C, N in (1, 32, 320, 320), (2, 8, 2560, 1280), (2, 4, 1280, 1280), (4, 64, 320, 4), (1, 3, 8, 1):
         for dtype in LIMITS:
-            BM, BN, BK, S, warps, stages, _ = convs.tiles(B, side, side, C, N, dtype)
+            BM, BN, BK, S, warps, stages = convs.tiles(B, side, side, C, N, dtype)
             assert all(size & (size - 1) == 0 and size >= 16 for size in (BM, BN, BK)), (B, side, C, N)
             assert S == 1 or 9 * C // BK // S >= convs.FEWEST
