@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SMALL = 2**15                          # numbers of some groups of a picture: up to so many stay in registers
+SMALL = 2**12                          # numbers of some groups of a picture, up to which one launch beats three;
+FEW = 2**20                            # twice as many where x has no more than so many
 PROGRAMS = 2 * 132                     # keep an H200 busy: two for each multiprocessor
 FOUR_WARPS = {"num_warps": 4, "enable_fp_fusion": True}                  # a x + b in one: the default is changing
 
@@ -80,15 +81,19 @@ def _add_pairs(a, b, c, d):
 
 
 @triton.jit
-def _moments(x, tile, first, inside, channels, ours, count, P, C, LAST: tl.constexpr, TYPE: tl.constexpr):
-    """Mean, and sum of squares around it, of each channel over the `count` pixels of a tile.   -> 2 x (BC,)
+def _pixel(x, pixel, channels, ours, P, C, LAST: tl.constexpr, TYPE: tl.constexpr):
+    """(BC,)"""
+    return tl.load(x + (pixel * C + channels if LAST else channels * P + pixel), mask=ours, other=0.0).to(TYPE)
 
-    In one go, of differences from the tile's first pixel: a large mean costs no digits, and since that is one of them,
-    its own square is part of the result, which rounding cannot exceed by more than `count` units.
+
+@triton.jit
+def _moments(pivot, total, squares, count):
+    """Mean of `count` pixels, and sum of squares around it, from sums of differences from one of them and their squares.
+
+    A large mean costs no digits so. And since the square of that one pixel is part of the result, rounding cannot exceed
+    it by more than `count` units, wherever the others are.   (BC,), 2 x (ROWS, BC) -> 2 x (BC,)
     """
-    pivot = tl.load(x + (first * C + channels if LAST else channels * P + first), mask=ours, other=0.0).to(TYPE)
-    d = tl.where(inside, tile.to(TYPE) - pivot[None, :], 0.0)
-    total, squares = tl.reduce((d, d * d), 0, _add_pairs)
+    total, squares = tl.reduce((total, squares), 0, _add_pairs)
     return pivot + total / count, squares - total * total / count
 
 
@@ -118,14 +123,19 @@ def _vectors(stats, weight, bias, n, N, channels, ours, C):
 @triton.jit
 def _statistics(x,                     # (N, P, C), or (N, C, P) if not LAST
                 slots,                 # (2, N, K, C): mean, centred sum of squares
-                P, C, LAST: tl.constexpr, CHUNK: tl.constexpr, BC: tl.constexpr):
+                P, C, LAST: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BC: tl.constexpr):
+    TYPE: tl.constexpr = slots.dtype.element_ty
     k, n, K = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
-    pixels, channels = k * CHUNK + tl.arange(0, CHUNK), tl.program_id(0) * BC + tl.arange(0, BC)
-    ours, count = channels < C, tl.minimum(CHUNK, P - k * CHUNK)
-    x += n.to(tl.int64) * P * C
-    places, inside = _places(pixels, channels, ours, P, C, LAST)
-    tile = tl.load(x + places, mask=inside, other=0.0)
-    mean, squares = _moments(x, tile, k * CHUNK, inside, channels, ours, count, P, C, LAST, slots.dtype.element_ty)
+    channels = tl.program_id(0) * BC + tl.arange(0, BC)
+    ours, first, x = channels < C, k * CHUNK, x + n.to(tl.int64) * P * C
+    pivot = _pixel(x, first, channels, ours, P, C, LAST, TYPE)
+    total, squares = tl.zeros([ROWS, BC], TYPE), tl.zeros([ROWS, BC], TYPE)
+    for start in tl.static_range(0, CHUNK, ROWS):                        # unrolled: all are read before one is needed
+        places, inside = _places(first + start + tl.arange(0, ROWS), channels, ours, P, C, LAST)
+        d = tl.where(inside, tl.load(x + places, mask=inside, other=0.0).to(TYPE) - pivot[None, :], 0.0)
+        total += d
+        squares += d * d
+    mean, squares = _moments(pivot, total, squares, tl.minimum(CHUNK, P - first))
     slot = slots + (n * K + k) * C + channels
     tl.store(slot, mean, mask=ours)
     tl.store(slot + tl.num_programs(2) * K * C, squares, mask=ours)
@@ -215,7 +225,9 @@ def _small(x, y,                       # (N, P, C), or (N, C, P) if not LAST
     places, inside = _places(pixels, channels, ours, P, C, LAST)
     tile = tl.load(x + picture + places, mask=inside, other=0.0)
     w, b = _of_channels(weight, channels, ours, TYPE), _of_channels(bias, channels, ours, TYPE)
-    mean, squares = _moments(x + picture, tile, 0, inside, channels, ours, P, P, C, LAST, TYPE)
+    pivot = _pixel(x + picture, 0, channels, ours, P, C, LAST, TYPE)
+    d = tl.where(inside, tile.to(TYPE) - pivot[None, :], 0.0)
+    mean, squares = _moments(pivot, d, d * d, P)
     if SHIFT:
         added = _of_channels(shift + n // EACH * C, channels, ours, TYPE)
     else:
@@ -352,12 +364,16 @@ def launch_tiles(x, y, weight, bias, shift, stats, groups, eps, frames, silu) ->
     CHUNK, BC = tile_of(N, P, C, most=128)
     K = triton.cdiv(P, CHUNK)
     LANES, ROWS = tile_of_group(C // groups, frames * K)
-    slots, grid = statistics_for(x, 2, N, K, C), (triton.cdiv(C, BC), K, N)
-    _statistics[grid](x, slots, P, C, LAST=LAST, CHUNK=CHUNK, BC=BC, **FOUR_WARPS)
+    slots = statistics_for(x, 2, N, K, C)
+    _statistics[triton.cdiv(C, BC), K, N](
+        x, slots, P, C, LAST=LAST, CHUNK=CHUNK, ROWS=min(32, CHUNK), BC=BC, **FOUR_WARPS | {"num_warps": 2})
     _fold[groups, N // frames](
         slots, shift, stats, N, frames, K, P, C, 1 if shift is None else N // len(shift), eps, CG=C // groups,
         LANES=LANES, ROWS=ROWS, CHUNK=CHUNK, SHIFT=shift is not None, **FOUR_WARPS)
-    _apply[grid](x, y, weight, bias, stats, P, C, SILU=silu, LAST=LAST, CHUNK=CHUNK, BC=BC, **FOUR_WARPS)
+    CHUNK, BC = tile_of(N, P, C, most=64)
+    _apply[triton.cdiv(C, BC), triton.cdiv(P, CHUNK), N](
+        x, y, weight, bias, stats, P, C, SILU=silu, LAST=LAST, CHUNK=CHUNK, BC=BC,
+        **FOUR_WARPS | {"num_warps": max(1, CHUNK * BC // 1024)})
 
 
 # ---- Operations of PyTorch --------------------------------------------------------------------------------
@@ -385,7 +401,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, group
     """y in `dtype`; centre and rstd, (2, N, C)."""
     x = dense(x)
     y, stats = torch.empty_like(x, dtype=dtype), statistics_for(x, 2, *x.shape[:2])
-    small = frames == 1 and math.prod(tile_of_small(x.shape[2] * x.shape[3], x.shape[1] // groups)) <= SMALL
+    numbers = math.prod(tile_of_small(x.shape[2] * x.shape[3], x.shape[1] // groups))
+    small = frames == 1 and numbers <= (SMALL if x.numel() > FEW else 2 * SMALL)
     with torch.cuda.device_of(x):
         (launch_small if small else launch_tiles)(x, y, weight, bias, shift, stats, groups, eps, frames, silu)
     return y, stats
