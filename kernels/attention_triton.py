@@ -31,16 +31,17 @@ from kernels.tiles_triton import (add, heads_adjacent, inner, inner_rows, load, 
 LOG2_E = math.log2(math.e)
 ENOUGH = 528                           # programs that fill an H100 or H200: four for each of 132 multiprocessors
 LEAST, MOST = tl.constexpr(1e-30), tl.constexpr(1e30)                    # of exponentials: where a sum is in range
+AGAIN = tl.constexpr(16)               # keys at a time then: few, or it would be these that need the most registers
 NEIGHBOURS = tl.constexpr(8)           # columns that a matrix unit's four threads share: others are summed by one thread
 FEW = 2 * 132 * 128                    # B N L up to which the GPU is not full; other tiles are faster then
 WIDTHS = (48, 64, 80, 96, 128, 160, 192, 256)                            # heads up to each of these share a size
 SIZES = {                              # BLOCK_L, BLOCK_M, warps, stages; 16 bits wide, float32
     "forward": {
-        False: [(128, 32, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 4, 3),
+        False: [(128, 32, 4, 3), (128, 64, 8, 3), (64, 32, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 4, 3),
                 (128, 64, 8, 2), (128, 32, 8, 2)],
         True: [(32, 32, 4, 2)] * 4 + [(16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 2), (16, 16, 4, 1)]},
     "few": {                           # forward, see FEW
-        False: [(128, 128, 8, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3),
+        False: [(64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3),
                 (128, 64, 8, 2), (128, 32, 8, 2)],
         True: [(32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1),
                (16, 16, 4, 2), (16, 16, 4, 1)]},
@@ -132,7 +133,7 @@ def forward(q_ptr, k_ptr, v_ptr,                                         # (B, L
         l, acc = walk_unshifted(q, k_ptr, v_ptr, k_row, v_row, M, scale, K, MAIN, TAIL, BLOCK_M, EVEN_M, FIRST)
         m = tl.zeros((BLOCK_L,), tl.float32)
         if tl.max(tl.where((l > LEAST) & (l < MOST), 0, 1), 0) > 0:      # a sum out of range, or no number
-            m, l, acc = walk(q, k_ptr, v_ptr, k_row, v_row, M, scale, K, MAIN, TAIL, BLOCK_M, EVEN_M and not FIRST, 0, 1)
+            m, l, acc = walk(q, k_ptr, v_ptr, k_row, v_row, M, scale, K, MAIN, TAIL, AGAIN, False, 0, 1)
     store(o_ptr + (b * L * N + n) * K, rows * (N * K), rows < L, scaled(acc, 1 / l), K)
     tl.store(lse_ptr + (b * N + n) * L + rows, m + tl.log2(l), mask=rows < L)
 
