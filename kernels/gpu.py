@@ -5,11 +5,15 @@ again. A product of matrices adds it on the way out: so convolutions of one pixe
 3 x 3 pixels have a kernel of our own (conv.py). `prepare` swaps the layers; the weights are the same memory.
 (Biases of large 3 x 3 convolutions find other homes: ResBlock.fold_biases of nanodisco/layers.py.)
 """
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear
 
 from kernels.conv import conv3x3
 from kernels.up_conv import UpConv2d
+
+
+ALIGNED = 256                          # bytes: where the allocator too would have each tensor begin
 
 
 def is_plain(layer: nn.Conv2d, size: int) -> bool:
@@ -56,3 +60,25 @@ def prepare(model: nn.Module) -> None:
             setattr(model, name, Pointwise(layer))
         elif is_plain(layer, 3) and layer.in_channels % 8 == 0:          # other rows do not begin at 16 bytes
             setattr(model, name, (UpConv3x3 if isinstance(layer, UpConv2d) else Conv3x3)(layer))
+
+
+def move(model: nn.Module, device: str) -> nn.Module:
+    """To the device, in place, convolutions channels last, and all weights in one piece of memory.
+
+    In pieces of their own, which the allocator rounds up, Stable Diffusion's take 3 % more.
+    """
+    def padded(x: Tensor) -> int:
+        return -(-x.nbytes // ALIGNED) * ALIGNED
+
+    room = torch.empty(sum(map(padded, (*model.parameters(), *model.buffers()))), dtype=torch.uint8, device=device)
+    taken = 0
+
+    def moved(x: Tensor) -> Tensor:
+        nonlocal taken
+        place = room[taken:taken + x.nbytes].view(x.dtype)
+        taken += padded(x)
+        if x.ndim < 4:
+            return place.view(x.shape).copy_(x)
+        return place.view(x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2).copy_(x)
+
+    return model._apply(moved)

@@ -88,10 +88,10 @@ def _pixel(x, pixel, channels, ours, P, C, LAST: tl.constexpr, TYPE: tl.constexp
 
 @triton.jit
 def _moments(pivot, total, squares, count):
-    """Mean of `count` pixels, and sum of squares around it, from sums of differences from one of them and their squares.
+    """Mean of `count` pixels, and sum of squares around it, from differences from one of them and their squares.
 
-    A large mean costs no digits so. And since the square of that one pixel is part of the result, rounding cannot exceed
-    it by more than `count` units, wherever the others are.   (BC,), 2 x (ROWS, BC) -> 2 x (BC,)
+    A large mean costs no digits so. And since the square of that one pixel is part of the result, rounding is at most
+    `count` units of it, wherever the others are.   (BC,), 2 x (ROWS, BC) -> 2 x (BC,)
     """
     total, squares = tl.reduce((total, squares), 0, _add_pairs)
     return pivot + total / count, squares - total * total / count

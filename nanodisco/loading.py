@@ -191,7 +191,7 @@ def for_inference(model: DisCo, device: str = "cpu", say: Callable[[str], None] 
             if net is not None:
                 net.encoder.join_time_layers([module for module in net.modules() if isinstance(module, ResBlock)])
         gpu.prepare(model)
-        return model.to(device, memory_format=torch.channels_last)
+        return gpu.move(model, device)
     cpu.keep_freed_memory()                                              # of activations, packed or not
     if compiled:
         return model

@@ -85,7 +85,7 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def join_time_layers(self, blocks: list[ResBlock]) -> None:
-        """Make all that these ResBlocks make of the embedding at once, in one product. For inference: not to be saved."""
+        """Make all that these ResBlocks make of the embedding in one product. For inference: not to be saved."""
         if self.joined is not None:
             return
         layers, stops = [block.time for block in blocks], [*accumulate(block.time.out_features for block in blocks)]

@@ -70,6 +70,19 @@ def test_joined_time_layers_give_the_same_answer(variant):
     assert_close(net.unet(z, t, tokens), wanted, MODULE)
 
 
+@pytest.mark.parametrize("device", {DEVICE, "cpu"})
+def test_all_weights_lie_in_one_piece_of_memory_and_are_the_same(device):
+    net = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3), torch.nn.BatchNorm2d(6),
+                              torch.nn.Linear(3, 5, dtype=torch.float16))
+    before = copy.deepcopy(net.state_dict())
+    weights = gpu.move(net, device).state_dict()
+    assert len({x.untyped_storage()._cdata for x in weights.values()}) == 1
+    assert weights["0.weight"].is_contiguous(memory_format=torch.channels_last)
+    assert all(x.device.type == device and x.data_ptr() % 16 == 0 for x in weights.values())
+    if device != "meta":
+        assert all(torch.equal(weights[name].cpu(), before[name]) for name in before)
+
+
 def test_a_model_for_another_device_has_none_of_the_slow_layers():
     net = for_inference(copy.deepcopy(model("image")), DEVICE)
     one_pixel = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (1, 1)]
