@@ -17,6 +17,7 @@ from torch.nn.functional import conv2d
 from kernels.backend import use_triton
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
+CHANNELS = 16                          # of others Triton cannot tell that pixels begin where 16 bytes can be read
 FEW = 160                              # tiles of 64 x 64 numbers of the result up to which cuDNN is slower, on an H200
 
 
@@ -49,8 +50,8 @@ def why_unfit(*tensors: Tensor | None) -> str:
     x, weight, *_ = tensors = [t for t in tensors if t is not None]
     if x.dtype not in TYPES or any(t.dtype != x.dtype for t in tensors):
         return f"conv3x3 is for one of 3 types, not {', '.join(sorted({str(t.dtype) for t in tensors}))}"
-    if x.shape[1] % 8:
-        return f"conv3x3 is for multiples of 8 channels, not {x.shape[1]}"
+    if x.shape[1] % CHANNELS:
+        return f"conv3x3 is for multiples of {CHANNELS} channels, not {x.shape[1]}"
     if max(x.numel(), weight.numel(), x.numel() // x.shape[1] * len(weight)) >= 2**31:
         return "conv3x3 counts numbers in 32 bits"
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear
 
-from kernels.conv import conv3x3
+from kernels.conv import CHANNELS, conv3x3
 from kernels.up_conv import UpConv2d
 
 
@@ -58,7 +58,7 @@ def prepare(model: nn.Module) -> None:
             prepare(layer)
         elif is_plain(layer, 1):
             setattr(model, name, Pointwise(layer))
-        elif is_plain(layer, 3) and layer.in_channels % 8 == 0:          # other rows do not begin at 16 bytes
+        elif is_plain(layer, 3) and layer.in_channels % CHANNELS == 0:
             setattr(model, name, (UpConv3x3 if isinstance(layer, UpConv2d) else Conv3x3)(layer))
 
 

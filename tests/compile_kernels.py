@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from kernels import attention_triton
 from kernels.add_layer_norm_triton import add_layer_norm_triton
+from kernels.conv_triton import conv3x3_triton
 from kernels.geglu_triton import geglu_triton
 from kernels.group_norm_silu_triton import group_norm_silu_triton
 
@@ -56,6 +57,12 @@ def norm(N: int, C: int, height: int, frames: int = 1, shifts: int = 1, last: bo
     vectors = torch.empty(C, dtype=dtype), torch.empty(C, dtype=dtype), torch.empty(shifts, C, dtype=dtype)
     differentiated(lambda x, weight, bias, shift: group_norm_silu_triton(
         x, weight, bias, 32, 1e-5, frames, True, shift), x, *vectors)
+
+
+def conv(B: int, C: int, N: int, side: int, dtype=BF16):
+    x, weight, more = (torch.empty(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+                       for shape in ((B, C, side, side), (N, C, 3, 3), (B, N, side, side)))
+    conv3x3_triton(x, weight, torch.empty(N, dtype=dtype), more)
 
 
 def geglu(*shape: int, dtype=BF16):
@@ -103,6 +110,11 @@ ROWS = [
     ("norm 640@16", lambda: norm(32, 640, 16)),
     ("norm 640@16 few", lambda: norm(2, 640, 16)),
     ("norm 1280@8", lambda: norm(2, 1280, 8)),
+    ("conv 1280 1280@8", lambda: conv(2, 1280, 1280, 8)),
+    ("conv 640 640@16", lambda: conv(2, 640, 640, 16)),
+    ("conv 960 320@32", lambda: conv(2, 960, 320, 32)),
+    ("conv 512 512@32", lambda: conv(1, 512, 512, 32)),
+    ("conv 48 16@8 float16", lambda: conv(1, 48, 16, 8, FP16)),
     ("geglu 1024x2560", lambda: geglu(32, 1024, 2560)),
     ("geglu 1024x2560 float32", lambda: geglu(32, 1024, 2560, dtype=FP32)),
     ("add_layer_norm 320", lambda: residual(32, 1024, 320)),
@@ -134,7 +146,8 @@ def source(kernel, arguments: dict) -> ASTSource:
     """Types, constants and multiples of 16, as Triton itself finds them at a launch."""
     types, constants, aligned = {}, {}, {}
     for i, (name, x) in enumerate(arguments.items()):
-        if kernel.params[i].is_constexpr or x is None or isinstance(x, int) and x == 1:
+        as_it_is = kernel.params[i].do_not_specialize
+        if kernel.params[i].is_constexpr or x is None or isinstance(x, int) and x == 1 and not as_it_is:
             types[name], constants[name] = "constexpr", x
         elif isinstance(x, torch.Tensor):
             types[name] = POINTERS[x.dtype]
@@ -142,7 +155,7 @@ def source(kernel, arguments: dict) -> ASTSource:
                 aligned[(i,)] = [["tt.divisibility", 16]]
         else:
             types[name] = "fp32" if isinstance(x, float) else "i32" if abs(x) < 2 ** 31 else "i64"
-            if isinstance(x, int) and x % 16 == 0:
+            if isinstance(x, int) and x % 16 == 0 and not as_it_is:
                 aligned[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, types, constexprs=constants, attrs=aligned)
 

@@ -23,11 +23,11 @@ def test_a_convolution_of_one_pixel_is_a_product(channels_last):
 
 @torch.no_grad()
 def test_a_convolution_of_3x3_pixels_adds_what_is_added():
-    net = torch.nn.ModuleList([Conv2d(8, 6, 3, padding=1), torch.nn.Conv2d(8, 6, 3, padding=1),
-                               UpConv2d(8, 6, 3, padding=1)])
+    net = torch.nn.ModuleList([Conv2d(16, 6, 3, padding=1), torch.nn.Conv2d(16, 6, 3, padding=1),
+                               UpConv2d(16, 6, 3, padding=1)])
     conv, plain, up = net
     gpu.prepare(net)
-    x, more = torch.randn(2, 8, 5, 4), torch.randn(2, 6, 5, 4)
+    x, more = torch.randn(2, 16, 5, 4), torch.randn(2, 6, 5, 4)
     torch.testing.assert_close(net[0](x, more), conv(x, more))
     torch.testing.assert_close(net[1](x), plain(x))
     torch.testing.assert_close(net[2](x, (9, 8)), up(x, (9, 8)))
@@ -35,9 +35,9 @@ def test_a_convolution_of_3x3_pixels_adds_what_is_added():
 
 
 def test_other_convolutions_stay():
-    others = [torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.Conv2d(4, 4, 1, stride=2),
-              torch.nn.Conv2d(4, 4, 1, groups=2), torch.nn.Conv2d(4, 4, 1, padding=1), torch.nn.Conv2d(8, 8, 3),
-              torch.nn.Conv2d(8, 8, 3, padding=1, stride=2), torch.nn.Conv2d(8, 8, 3, padding=2, dilation=2)]
+    others = [torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.Conv2d(4, 4, 1, stride=2),
+              torch.nn.Conv2d(4, 4, 1, groups=2), torch.nn.Conv2d(4, 4, 1, padding=1), torch.nn.Conv2d(16, 8, 3),
+              torch.nn.Conv2d(16, 8, 3, padding=1, stride=2), torch.nn.Conv2d(16, 8, 3, padding=2, dilation=2)]
     net = torch.nn.Sequential(*others, torch.nn.Conv2d(4, 4, 1))
     gpu.prepare(net)
     assert list(net)[:-1] == others and isinstance(net[-1], gpu.Pointwise)

@@ -37,9 +37,9 @@ def test_the_largest_tile_is_what_wide_heads_are_said_to_need(table):
 
 
 def test_matrix_kernels_use_the_matrix_units_except_in_float32_and_for_dkeys_of_the_widest_heads(table):
-    attention = {name for name in table if name.startswith(("self", "cross", "temporal"))}
-    without = {name for name in attention if "float32" in name or "d256" in name and name.endswith("d_keys")}
-    assert {name for name in attention if table[name]["HGMMA"]} == attention - without
+    matrix = {name for name in table if name.startswith(("self", "cross", "temporal")) or name.endswith("products")}
+    without = {name for name in matrix if "float32" in name or "d256" in name and name.endswith("d_keys")}
+    assert {name for name in matrix if table[name]["HGMMA"]} == matrix - without
 
 
 def test_all_but_pictures_of_a_norm_is_read_and_written_16_bytes_at_a_time(table):

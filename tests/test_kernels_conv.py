@@ -132,16 +132,16 @@ def test_what_does_not_fit_together_is_refused():
 
 
 def test_unfit_inputs_say_why():
-    x, weight = normal(1, 8, 4, 4), normal(3, 8, 3, 3)
+    x, weight = normal(1, 16, 4, 4), normal(3, 16, 3, 3)
     assert why_unfit(x, weight, None) == ""
     assert "types" in why_unfit(x.double(), weight.double()) and "types" in why_unfit(x, weight.half())
-    assert "multiples of 8" in why_unfit(normal(1, 4, 4, 4), normal(3, 4, 3, 3))
-    assert "32 bits" in why_unfit(torch.empty(1, device=DEVICE).expand(2**15, 8, 2**7, 2**7), weight)
+    assert "multiples of 16" in why_unfit(normal(1, 8, 4, 4), normal(3, 8, 3, 3))
+    assert "32 bits" in why_unfit(torch.empty(1, device=DEVICE).expand(2**15, 16, 2**7, 2**7), weight)
     assert "gradient" in why_unfit(x, weight.clone().requires_grad_())
 
 
 def test_the_switch_chooses_the_kernel(monkeypatch):
-    given = inputs((1, 8, 4, 3, 3), torch.float16)
+    given = inputs((1, 16, 4, 3, 3), torch.float16)
     for mode, version in ("torch", conv3x3_reference), ("triton", convs.conv3x3_triton):
         monkeypatch.setattr(backend, "MODE", mode)
         assert torch.equal(conv3x3(*given), version(*given))
@@ -151,7 +151,7 @@ def test_large_pictures_and_float32_are_left_to_pytorch(monkeypatch):
     monkeypatch.setattr(convs, "conv3x3_triton", lambda *given: pytest.fail("a kernel ran"))
     monkeypatch.setattr(backend, "MODE", "triton")
     for size, dtype in (8, torch.float32), (104, torch.float16):         # 169 tiles
-        given = inputs((1, 8, 4, size, size), dtype)
+        given = inputs((1, 16, 4, size, size), dtype)
         assert torch.equal(conv3x3(*given), conv3x3_reference(*given))
 
 
