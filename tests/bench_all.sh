@@ -24,7 +24,7 @@ run() {                                      # name, seconds, command…
 }
 
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    gpu=yes golden=55 test=105 kernels=105 pipeline=165             # with the picture 450 s at most, 475 if all are killed
+    gpu=yes golden=45 test=90 kernels=105 pipeline=165              # with the picture 425 s at most, 450 if all are killed
     small=(--ignore=tests/test_kernels_compile.py)
     budget=(--seconds 80) bench=tests/bench_pipeline_gpu.py
     sizes=(--seconds 115 --skip "diffusers max-autotune" "ours, compiled")
@@ -36,8 +36,8 @@ fi
 
 [ $gpu = yes ] || run compile_kernels $check env -u TRITON_INTERPRET python tests/compile_kernels.py
 if [ $gpu = yes ]; then                      # most of the tests' time there is the compiler's
-    python -c 'import xdist' 2>/dev/null && small+=(-n 8)
-    run goldens $golden python -m pytest tests/test_golden_sampling.py -k on_a_gpu
+    python -c 'import xdist' 2>/dev/null && small+=(-n 14)
+    run goldens $golden python -m pytest "${small[@]:1}" tests/test_golden_sampling.py -k on_a_gpu
 fi
 run tests $test python -m pytest "${small[@]}" tests/test_kernels_*.py tests/test_gpu.py tests/test_together.py
 run bench_kernels $kernels python tests/bench_kernels.py "${budget[@]}" --json "$out/bench_kernels.json"
