@@ -37,9 +37,9 @@ class Context:
         return tokens if isinstance(tokens, Context) else cls(Memo(tokens))
 
 
-def rows_like(x: Tensor, y: Tensor) -> Tensor:
-    """x, repeated for both halves if y has them and x was made before they parted."""
-    return x if len(x) == len(y) else torch.cat([x] * (len(y) // len(x)))       # repeat would give up channels last
+def in_rows(x: Tensor, rows: int) -> Tensor:
+    """x, repeated for both halves if `rows` counts both and x was made before they parted."""
+    return x if len(x) == rows else torch.cat([x] * (rows // len(x)))           # repeat would give up channels last
 
 
 class GroupNorm(nn.GroupNorm):
@@ -50,10 +50,13 @@ class GroupNorm(nn.GroupNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Of h and what is added to it: the sum, which goes on, and the same normed.   2 x (B, L, D) -> 2 x (B, L, D)"""
+    """Of h and what is added to it: the sum, which goes on, and the same normed.   2 x (B, L, D) -> 2 x (B, L, D)
 
-    def forward(self, h: Tensor, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return add_layer_norm(h, more, self.weight, self.bias, self.eps)
+    If `more` is of the last pictures alone, `unseen` (D,) is added to the others.
+    """
+
+    def forward(self, h: Tensor, more: Tensor | None = None, unseen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return add_layer_norm(h, more, self.weight, self.bias, self.eps, unseen)
 
 
 class SelfAttention(nn.Module):
@@ -123,20 +126,17 @@ class TransformerBlock(nn.Module):
         h, x = self.norm2(h, self.self_attn(x))
         if self.temporal is not None:
             h, x = self.norm2(h, self.temporal(x, frames))
-        more = self._look_at_tokens(x, context)
-        h, x = self.norm3(rows_like(h, more), more)
+        seen, unseen = self._look_at_tokens(x, context)
+        h, x = self.norm3(in_rows(h, context.rows or len(h)), seen, unseen)
         return h + self.ff(x)
 
-    def _look_at_tokens(self, x: Tensor, context: Context) -> Tensor:
-        # (B*F, L, D) -> (B*F or context.rows, L, D)
+    def _look_at_tokens(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
+        # (B*F, L, D) -> of those that see tokens (B*F or context.rows, less context.blind, L, D); of the others (D,)
         seeing = (context.rows or len(x)) - context.blind                # the first `blind` rows see no tokens
         if len(x) < seeing:                                              # one half so far: here they part
             x = x.repeat(context.rows // len(x), 1, 1)
         seen = self.cross_attn(x[-seeing:], context.tokens)              # of all rows, or of the half that there is
-        if not context.blind:
-            return seen
-        unseen = self.cross_attn.out.bias.to(seen.dtype).expand(context.blind, *seen.shape[1:])
-        return torch.cat([unseen, seen])
+        return seen, self.cross_attn.out.bias if context.blind else None
 
 
 class SpatialTransformer(nn.Module):
@@ -155,4 +155,4 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, context: Context, frames: int = 1) -> Tensor:
         h = self.norm(x).flatten(2).transpose(1, 2)                      # (B*F, L, C)
         h = self.proj_out(self.block(self.proj_in(h), context, frames))
-        return rows_like(x, h) + h.transpose(1, 2).unflatten(2, x.shape[2:])     # (B*F, C, H, W)
+        return in_rows(x, len(h)) + h.transpose(1, 2).unflatten(2, x.shape[2:])     # (B*F, C, H, W)

@@ -17,7 +17,7 @@ from torch.nn.functional import silu
 from nanodisco.config import UNetConfig
 from nanodisco.layers import Columns, Down, GroupNormSiLU, ResBlock, TimeEmbedding, Up
 from nanodisco.memo import Memo
-from nanodisco.transformer import Context, SpatialTransformer, rows_like
+from nanodisco.transformer import Context, SpatialTransformer, in_rows
 
 EPS = 1e-5                             # of the norms in ResBlocks and before conv_out
 
@@ -150,7 +150,7 @@ class UNet(nn.Module):
             h = h + to_middle
         for level in self.up:
             for i in range(len(level.res)):
-                h = level.step(i, torch.cat([h, rows_like(skips.pop(), h)], dim=1), emb, tokens, frames)
+                h = level.step(i, torch.cat([h, in_rows(skips.pop(), len(h))], dim=1), emb, tokens, frames)
             if level.up is not None:
                 h = level.up(h, skips[-1].shape[2:])
         return self.conv_out(self.norm_out(h, frames))

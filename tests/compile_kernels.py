@@ -74,6 +74,11 @@ def residual(*shape: int, dtype=BF16):
                    *torch.empty(2, shape[-1], dtype=dtype))
 
 
+def residual_of_half(*shape: int, dtype=BF16):
+    x, (weight, bias, unseen) = torch.empty(shape, dtype=dtype), torch.empty(3, shape[-1], dtype=dtype)
+    add_layer_norm_triton(x, x[len(x) // 2:], weight, bias, 1e-5, unseen)
+
+
 def differentiated(function, *inputs):
     inputs = [x.detach().requires_grad_() for x in inputs]
     found = function(*inputs)
@@ -120,6 +125,9 @@ ROWS = [
     ("add_layer_norm 320", lambda: residual(32, 1024, 320)),
     ("add_layer_norm 640", lambda: residual(32, 256, 640)),
     ("add_layer_norm 1280", lambda: residual(32, 64, 1280)),
+    ("add_layer_norm 320 of half", lambda: residual_of_half(32, 1024, 320)),
+    ("add_layer_norm 640 of half", lambda: residual_of_half(32, 256, 640)),
+    ("add_layer_norm 1280 of half", lambda: residual_of_half(32, 64, 1280)),
     ("add_layer_norm 320 float32", lambda: residual(32, 1024, 320, dtype=FP32)),
 ]
 

@@ -9,7 +9,7 @@ from test_kernels_group_norm import error, memory_is_nan_until_written       # n
 from torch.library import opcheck
 
 from kernels import add_layer_norm, backend, geglu
-from kernels.add_layer_norm import WIDEST, add_layer_norm_reference
+from kernels.add_layer_norm import WIDEST, add_layer_norm_reference, with_stand_in
 from kernels.geglu import geglu_reference
 
 pytest.importorskip("triton")
@@ -211,7 +211,8 @@ def test_nothing_is_written_outside_of_the_result():
     given, dys = of_norm((8, 63))                                        # of which there are 5 rows; others are not NaN
     around, stats, R, D = torch.empty(3, 9, 63, device=DEVICE), torch.empty(24, device=DEVICE), 5, 63
     sums, normed, dx = (each[2:7] for each in around)
-    norms._add_normalise[(2,)](*given.values(), sums, normed, stats, R, D, D, D, 1e-5, MORE=True, ROWS=4, BD=64)
+    norms._add_normalise[(2,)](*given.values(), None, sums, normed, stats, R, D, 0, D, D, 1e-5, MORE=True, UNSEEN=False,
+                               ROWS=4, BD=64)
     assert stats[2 * R:].isnan().all() and not stats[:2 * R].isnan().any()
     stats = torch.ones(24, device=DEVICE)
     norms._gradient_of_sum[(1,)](given["x"], dys[0], dys[1], given["weight"], stats, dx,
@@ -233,6 +234,99 @@ def test_what_does_not_fit_together_is_refused():
     for wrong in {"more": given["more"][:1]}, {"weight": given["weight"][:39]}:
         with pytest.raises(AssertionError, match="what is added|rows of 40"):
             norms.add_layer_norm_triton(*(given | wrong).values())
+
+
+STAND_INS = {"a border within the second tile": ((5, 7, 40), 2),         # shape, pictures of `more`
+             "a border between tiles": ((2, 32, 40), 1),
+             "an odd number of rows, all in one tile": ((5, 3, 63), 2),
+             "a border behind the first row": ((7, 1, 320), 6),
+             "a row to a tile": ((3, 1, 1280), 2),
+             "all have their own": ((3, 5, 40), 3),
+             "none has": ((3, 5, 40), 0)}
+stand_ins = pytest.mark.parametrize("shape, own", STAND_INS.values(), ids=STAND_INS)
+
+
+def with_unseen(shape, own, dtype=torch.float32):
+    """Inputs of the kernel with a stand-in: x, more, weight, bias, eps, unseen; of the same without: four of them."""
+    given, dys = of_norm(shape, dtype)
+    x, more, *vectors = given.values()
+    more, unseen = more[len(x) - own:], normal(shape[-1], dtype=dtype)
+    return (x, more, *vectors, 1e-5, unseen), (x, with_stand_in(more, unseen, len(x)), *vectors), dys
+
+
+@stand_ins
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_stands_in_for_rows_that_are_missing_is_added_as_if_it_were_there(shape, own, dtype):
+    apart, whole, _ = with_unseen(shape, own, dtype)
+    for function in norms.add_layer_norm_triton, add_layer_norm_reference:
+        for got, wanted in zip(function(*apart), function(*whole), strict=True):
+            assert got.shape == shape and got.dtype == dtype and torch.equal(got, wanted)
+
+
+def test_rows_behind_those_with_a_stand_in_may_be_strided():
+    x, wide, (weight, bias, unseen) = normal(4, 9, 40), normal(4, 9, 80), normal(3, 80)[:, ::2]
+    for more in wide[1:, :, 40:], wide[1:, :, ::2], wide[::2, :, :40], wide[:3].flip(1)[..., 40:]:
+        got = norms.add_layer_norm_triton(x, more, weight, bias, 1e-5, unseen)
+        wanted = norms.add_layer_norm_triton(x, with_stand_in(more, unseen, 4), weight, bias)
+        assert all(map(torch.equal, got, wanted))
+    half = x.transpose(0, 1)                                             # read with one stride, or copied
+    for got, wanted in zip(norms.add_layer_norm_triton(half, half[4:], weight, bias, 1e-5, unseen),
+                           norms.add_layer_norm_triton(half, with_stand_in(half[4:], unseen, 9), weight, bias)):
+        assert torch.equal(got, wanted)
+
+
+def test_a_stand_in_has_the_type_of_the_rows_that_there_are():
+    (x, more, *vectors, eps, unseen), _, _ = with_unseen((3, 5, 40), 2)
+    for dtype in torch.float16, torch.bfloat16:
+        got = norms.add_layer_norm_triton(x, more.to(dtype), *vectors, eps, unseen)
+        wanted = norms.add_layer_norm_triton(x, with_stand_in(more.to(dtype), unseen, 3), *vectors)
+        assert got[0].dtype == torch.float32 and all(map(torch.equal, got, wanted))
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+@pytest.mark.parametrize("wanted_of", [None, "unseen", "bias"])
+def test_gradients_pass_a_stand_in_as_they_pass_a_concatenation(monkeypatch, mode, wanted_of):
+    """Of all inputs, or of one."""
+    monkeypatch.setattr(backend, "MODE", mode)
+    (x, more, weight, bias, eps, unseen), _, dys = with_unseen((3, 5, 40), 2)
+
+    def gradients(function):
+        of = {"x": x, "more": more, "weight": weight, "bias": bias, "unseen": unseen}
+        of = {name: t.clone().requires_grad_(wanted_of in (None, name)) for name, t in of.items()}
+        found = function(*of.values())
+        used = [(y, dy) for y, dy in zip(found, dys) if y.requires_grad]
+        torch.autograd.backward([y for y, _ in used], [dy for _, dy in used])
+        return {name: t.grad for name, t in of.items()}
+
+    got = gradients(lambda x, more, weight, bias, unseen: add_layer_norm(x, more, weight, bias, eps, unseen))
+    wanted = gradients(lambda x, more, weight, bias, unseen: add_layer_norm(
+        x, torch.cat([unseen.expand(1, 5, 40), more]), weight, bias))
+    for name in wanted:
+        assert got[name] is wanted[name] is None or torch.equal(got[name], wanted[name]), name
+        assert (got[name] is not None) == (wanted_of in (None, name))
+
+
+def test_without_gradients_nothing_is_concatenated(monkeypatch):
+    monkeypatch.setattr(backend, "MODE", "triton")
+    apart, whole, _ = with_unseen((3, 5, 40), 2)
+    wanted = add_layer_norm(*whole)
+    monkeypatch.setattr(torch, "cat", None)
+    assert all(map(torch.equal, add_layer_norm(*apart), wanted))
+    with torch.no_grad():
+        assert all(map(torch.equal, add_layer_norm(*apart[:5], apart[5].clone().requires_grad_()), wanted))
+
+
+def test_the_kernel_itself_has_no_gradient_of_a_stand_in():
+    (x, *others), _, _ = with_unseen((3, 5, 40), 2)
+    with pytest.raises(AssertionError, match="without `unseen`"):
+        norms.add_layer_norm_triton(x.requires_grad_(), *others)
+
+
+def test_a_stand_in_that_does_not_fit_is_refused():
+    (x, more, *others, unseen), _, _ = with_unseen((3, 5, 40), 2)
+    for wrong in (more[:, :4], unseen), (torch.cat([x, x]), unseen), (more, unseen[:39]), (more[:, :, :39], unseen):
+        with pytest.raises(AssertionError, match="what is added to"):
+            norms.add_layer_norm_triton(x, wrong[0], *others, wrong[1])
 
 
 def test_a_row_too_wide_for_registers_is_refused_before_it_is_tried(monkeypatch):
@@ -265,6 +359,8 @@ def test_the_operations_of_the_norm_are_registered_as_they_behave(more):
     leaves = [t if t is None else t.clone().requires_grad_() for t in given.values()]
     opcheck(norms.forward, (*leaves, 1e-5, torch.float32))
     stats = norms.forward(*given.values(), 1e-5, torch.float32)[2]
+    if more:
+        opcheck(norms.forward, (*given.values(), 1e-5, torch.float32, given["bias"]))
     opcheck(norms.backward, (dys[0] if more else None, dys[1], given["x"], given["weight"], stats))
 
 
@@ -286,6 +382,25 @@ def test_torch_compile_keeps_both_in_one_graph(monkeypatch):
     plain = with_gradients(around, inputs, dys)
     compiled = with_gradients(torch.compile(around, backend="aot_eager", fullgraph=True), inputs, dys)
     assert all(torch.equal(plain[name], compiled[name]) for name in plain)
+
+
+@pytest.mark.parametrize("learning", [True, False], ids=["gradients", "no gradients"])
+def test_torch_compile_keeps_a_stand_in_in_the_graph(monkeypatch, learning):
+    monkeypatch.setattr(backend, "MODE", "triton")
+    apart, whole, _ = with_unseen((3, 5, 40), 2)
+    compiled = torch.compile(lambda *inputs: add_layer_norm(*inputs), backend="aot_eager", fullgraph=True)
+    with torch.set_grad_enabled(learning):
+        got = compiled(*apart[:5], apart[5].clone().requires_grad_())
+    assert all(map(torch.equal, got, add_layer_norm(*whole))) and got[0].requires_grad == learning
+
+
+def test_under_autocast_a_stand_in_is_what_its_concatenation_is():
+    (x, more, *vectors, eps, unseen), _, _ = with_unseen((3, 5, 40), 2)
+    x, more = x.bfloat16(), more.bfloat16()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got = norms.add_layer_norm_triton(x, more, *vectors, eps, unseen)
+        wanted = norms.add_layer_norm_triton(x, with_stand_in(more, unseen, 3), *vectors)
+    assert [y.dtype for y in got] == [torch.bfloat16, torch.float32] and all(map(torch.equal, got, wanted))
 
 
 def test_under_autocast_the_norm_is_float32_and_the_sum_what_is_read():
