@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.geglu_triton import as_rows
 from kernels.group_norm_silu_triton import statistics_for
+from kernels.tiles_triton import divided
 
 WARPS = 16 * 132                       # keep an H200 busy: sixteen for each multiprocessor
 LEAST = 8                              # rows of a program that has slots to write
@@ -69,7 +70,7 @@ def _add_normalise(x, more,            # (R, D) and (R - BEFORE, D), rows stride
         h = (h + added).to(sums.dtype.element_ty)
         _store(sums, row, D, down, columns, inside, h)
         h = h.to(TYPE)                                                   # rounded, as the next residual sees it
-    mean = tl.sum(h, 1)[:, None] / D
+    mean = divided(tl.sum(h, 1), D)[:, None]
     centred = tl.where(inside, h - mean, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 1)[:, None] / D + eps)
     w = tl.load(weight + columns, mask=columns < D, other=0.0).to(TYPE)

@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.tiles_triton import divided
+
 SMALL = 2**12                          # numbers of some groups of a picture, up to which one launch beats three;
 FEW = 2**20                            # twice as many where x has no more than so many
 PROGRAMS = 2 * 132                     # keep an H200 busy: two for each multiprocessor
@@ -233,7 +235,7 @@ def _small(x, y,                       # (N, P, C), or (N, C, P) if not LAST
     else:
         added = tl.zeros([BC], TYPE)
     mean += added
-    mean_g = _over_group(mean, lanes, CG, GROUPS) / CG
+    mean_g = divided(_over_group(mean, lanes, CG, GROUPS), CG)
     squares += tl.where(ours, P * (mean - mean_g) * (mean - mean_g), 0.0)    # Chan's formula
     rstd = tl.rsqrt(_over_group(squares, lanes, CG, GROUPS) / (CG * P) + eps)
     centre = mean_g - added

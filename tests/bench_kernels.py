@@ -7,10 +7,11 @@
 Columns: milliseconds of ours; of the fastest of PyTorch's fused attentions (with the kernel that really ran); of
 plain PyTorch operation by operation; of those through torch.compile. Each is recorded as a CUDA graph and its replay
 timed with a cold L2 cache, so that no host is measured; medians. What can take under 10 us is recorded 20 times in a
-graph: its inputs are in the L2 cache, as in a network (marked *); convolutions, whose weights are not, once. `limit` is the time that arithmetic, exponentials or
-bytes alone would take, whichever is longest, at the ceilings that are measured first; a byte counts once for each
-input that is read and each output that is written. `error` is relative L2 against float64. `aim`: how many times as
-fast as the fastest other column ours is to be. Ours is timed twice; `spread` is the difference.
+graph: its inputs are in the L2 cache, as in a network (marked *); convolutions, whose weights are not, once. `limit`
+is the time that arithmetic, exponentials or bytes alone would take, whichever is longest, at the ceilings that are
+measured first; a byte counts once for each input that is read and each output that is written. `error` is relative L2
+against float64. `aim`: how many times as fast as the fastest other column ours is to be. Ours is timed twice; `spread`
+is the difference.
 
 bf16, 8 heads, memory as the models have it: packed Q, K, V; channels last.
 """
