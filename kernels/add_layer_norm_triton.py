@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.geglu_triton import as_rows
-from kernels.group_norm_silu_triton import statistics_for
-from kernels.tiles_triton import divided
+from kernels.group_norm_silu_triton import divided, statistics_for
 
 WARPS = 16 * 132                       # keep an H200 busy: sixteen for each multiprocessor
 LEAST = 8                              # rows of a program that has slots to write

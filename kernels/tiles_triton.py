@@ -145,15 +145,6 @@ def outer(factor, b):
         return (factor[:, None] * b[0].to(tl.float32),)
 
 
-@triton.jit
-def divided(total, count):
-    """total / count, rounded once. On a GPU `/` is quick: 63000 / 63 may be 1000.00006 there, and a mean not exact."""
-    if total.dtype == tl.float64:
-        return total / count
-    else:
-        return tl.div_rn(total, tl.cast(count, tl.float32))
-
-
 # ---- Whether any of this runs -------------------------------------------------------------------------------
 
 @triton.jit
