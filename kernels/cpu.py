@@ -22,7 +22,7 @@ from torch.nn.functional import conv2d, linear, pad
 from kernels.geglu import GEGLU, geglu_reference
 from kernels.gpu import is_plain
 from kernels.up_conv import UpConv2d, part_weights, up_conv, windows
-from kernels.winograd import conv3x3, transform_weight
+from kernels.winograd import winograd_conv3x3, transform_weight
 
 FEW = 128                              # pixels of a batch; for so few a convolution is faster as a matrix product
 WIDE = 256                             # channels before and after, from which on Winograd's is faster
@@ -116,7 +116,7 @@ class PackedConv2d(PackedLinear):
         if not self.packed:
             tiles = x[:, 0].numel() // 4
             self._pack([torch.ops.mkldnn._reorder_linear_weight(u, tiles) for u in transform_weight(self.weight)])
-        return conv3x3(x, self.weight, self.bias, _packed_product)
+        return winograd_conv3x3(x, self.weight, self.bias, _packed_product)
 
     def _matrix(self) -> Tensor:
         return self.weight.permute(0, 2, 3, 1).flatten(1)

@@ -30,7 +30,7 @@ def transform_weight(weight: Tensor) -> Tensor:
     return weight.flatten(0, 1)
 
 
-def conv3x3(x: Tensor, weights: list[Tensor] | Tensor, bias: Tensor | None,
+def winograd_conv3x3(x: Tensor, weights: list[Tensor] | Tensor, bias: Tensor | None,
             product: Callable[[Tensor, Tensor], Tensor] = linear) -> Tensor:
     """conv2d(x, weight, bias, padding=1).   (B, C, H, W), 16 of (O, C) -> (B, O, H, W)
 
