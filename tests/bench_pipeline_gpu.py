@@ -24,12 +24,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 ROUNDS, WARM_UP, BATCH = 20, 3, 32
 NORMS = "group_norm_silu", "add_layer_norm"
-OPERATIONS = "attention", *NORMS, "geglu"
+OPERATIONS = "attention", *NORMS, "geglu", "conv"
 OURS = {"ours": {}, "ours, no kernels": {"plain": OPERATIONS}}
 SWITCHES = {"ours, no graph": {"graph": False}, "ours, no cache": {"cache": False, "graph": False},
             "ours, nets in turn": {"at_once": 0}, "ours, nets at once": {"at_once": 16},
             "ours, no attention": {"plain": ("attention",)}, "ours, no norms": {"plain": NORMS},
-            "ours, no GEGLU": {"plain": ("geglu",)}}
+            "ours, no GEGLU": {"plain": ("geglu",)}, "ours, no convolutions": {"plain": ("conv",)}}
 THEIRS = {"diffusers": {}, "diffusers NHWC": {"channels_last": True}}
 TRAINING = {"kernels": {}, "no kernels": {"plain": OPERATIONS}, "kernels, checkpointing": {"checkpointing": True},
             "kernels, no graph": {"graph": False}, "no kernels, no graph": {"plain": OPERATIONS, "graph": False}}
