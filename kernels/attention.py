@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kernels import attention_cpu
-from kernels.backend import use_triton
+from kernels.backend import shared_memory, use_triton
 
 SMALL = 256 * 256                      # queries times keys: torch's gradient on a CPU is slower than the plain one
 WIDEST = 256                           # head of a kernel
@@ -74,16 +74,10 @@ def _for_a_kernel(q: Tensor) -> bool:
         unfit = f"attention's kernel takes heads whose width is a multiple of 8, not {width}"
     elif q.dtype not in DTYPES:
         unfit = f"attention's kernel takes float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
-    elif width > WIDE and _shared_memory(q.device) < SHARED:
+    elif width > WIDE and shared_memory(q.device) < SHARED:
         unfit = (f"attention's kernel for heads of {width} needs {SHARED:,} bytes of shared memory, "
                  "more than this GPU has")
     return width <= WIDEST and q.numel() > 0 and use_triton(q, unfit)
-
-
-@torch.compiler.assume_constant_result
-def _shared_memory(device: torch.device) -> int:
-    """Bytes that a program can have at most."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else SHARED
 
 
 def _autocast(*xs: Tensor) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ exp(x) is exp2(x log2(e)): the scale and log2(e) are one factor, and LSE is kept
 softmax(X - m) is the same for every m. The maximum keeps exp from leaving the numbers' range, and costs a third
 of the arithmetic: to find it, and to shrink what has been summed whenever it grows. bfloat16 reaches as far as
 float32, 2^-126 to 2^127, so there m = 0 at first. Where a sum comes near an end of that, which scores beyond 69 do,
-the block of queries is done again, with the maximum.
+the block of queries is done again, with the maximum. (Values may be as large as 1e8 then.)
 """
 import math
 
@@ -121,14 +121,14 @@ def forward(q_ptr, k_ptr, v_ptr,                                         # (B, L
             q_batch, q_row, k_batch, k_row, v_batch, v_row, L, M, scale,
             N: tl.constexpr, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
             BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, EVEN_L: tl.constexpr, EVEN_M: tl.constexpr,
-            FIRST: tl.constexpr, SHIFT: tl.constexpr, STAGES: tl.constexpr):
+            FIRST: tl.constexpr, SHIFT: tl.constexpr):
     block, n, b = place(tl.cdiv(L, BLOCK_L), N)
     k_ptr += b * k_batch + n * K
     v_ptr += b * v_batch + n * K
     rows = block * BLOCK_L + tl.arange(0, BLOCK_L)
     q = load(q_ptr + b * q_batch + n * K, rows * q_row, rows < L, EVEN_L, K, MAIN, TAIL)
     if SHIFT:
-        m, l, acc = walk(q, k_ptr, v_ptr, k_row, v_row, M, scale, K, MAIN, TAIL, BLOCK_M, EVEN_M, FIRST, STAGES)
+        m, l, acc = walk(q, k_ptr, v_ptr, k_row, v_row, M, scale, K, MAIN, TAIL, BLOCK_M, EVEN_M, FIRST, None)
     else:
         l, acc = walk_unshifted(q, k_ptr, v_ptr, k_row, v_row, M, scale, K, MAIN, TAIL, BLOCK_M, EVEN_M, FIRST)
         m = tl.zeros((BLOCK_L,), tl.float32)
@@ -244,7 +244,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(q):
         forward[(-(-L // tile["BLOCK_L"]) * B * N,)](
             q, k, v, o, lse, *strides(q), *strides(k), *strides(v), L, M, K ** -0.5 * LOG2_E,
-            N, K, *parts(K), SHIFT=q.dtype != torch.bfloat16, STAGES=None, **tile, **launch)
+            N, K, *parts(K), SHIFT=q.dtype != torch.bfloat16, **tile, **launch)
     return o, lse
 
 

@@ -43,6 +43,14 @@ def why_not(device: str, unfit: str) -> str:
     return reason
 
 
+@torch.compiler.assume_constant_result
+def shared_memory(device: torch.device) -> float:
+    """Bytes that a program of a kernel can have at most. Only a GPU has a limit."""
+    if device.type != "cuda":
+        return float("inf")
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 @cache
 def _reason(device: str) -> str:
     try:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-from kernels.backend import use_triton
+from kernels.backend import shared_memory, use_triton
 
-TYPES = (torch.bfloat16, torch.float16, torch.float32)
-CHANNELS = 16                          # of others Triton cannot tell that pixels begin where 16 bytes can be read
 FEW = 160                              # tiles of 64 x 64 numbers of the result up to which cuDNN is slower, on an H200
+CHANNELS = 16                          # of others Triton cannot tell that pixels begin where 16 bytes can be read
+OUTPUTS = 64                           # fewer leave a part of each tile empty
+SHARED = 163_840                       # bytes of shared memory of the largest tile, which only large GPUs have
 
 
 class Conv2d(nn.Conv2d):
@@ -32,31 +33,23 @@ class Conv2d(nn.Conv2d):
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, more: Tensor | None = None) -> Tensor:
     """conv2d(x, weight, bias, padding=1) + more.   (B, C_in, H, W), (C_out, C_in, 3, 3) -> (B, C_out, H, W)
 
-    All channels last; weights that are not are copied, each time. more, of the result's shape, is added to it.
+    All channels last; weights that are not are copied, each time. more, of the result's shape, is added to it. What
+    the kernel is not for is PyTorch's in every mode: large pictures, float32, which cuDNN multiplies as TF32, training.
     """
-    if is_small(x, weight) and use_triton(x, why_unfit(x, weight, bias, more)):
+    if _suits(x, weight, bias, more) and use_triton(x):
         from kernels.conv_triton import conv3x3_triton
         return conv3x3_triton(x, weight, bias, more)
     return conv3x3_reference(x, weight, bias, more)
 
 
-def is_small(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel is the faster one. In float32 cuDNN is, which has TF32."""
-    return -(-x[:, 0].numel() // 64) * -(-len(weight) // 64) <= FEW and x.element_size() == 2
-
-
-def why_unfit(*tensors: Tensor | None) -> str:
-    """Why the kernel is not for x, the weights and what is added; "" if it is."""
-    x, weight, *_ = tensors = [t for t in tensors if t is not None]
-    if x.dtype not in TYPES or any(t.dtype != x.dtype for t in tensors):
-        return f"conv3x3 is for one of 3 types, not {', '.join(sorted({str(t.dtype) for t in tensors}))}"
-    if x.shape[1] % CHANNELS:
-        return f"conv3x3 is for multiples of {CHANNELS} channels, not {x.shape[1]}"
-    if max(x.numel(), weight.numel(), x.numel() // x.shape[1] * len(weight)) >= 2**31:
-        return "conv3x3 counts numbers in 32 bits"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return "conv3x3 has no gradient"
-    return ""
+def _suits(x: Tensor, weight: Tensor, bias: Tensor | None, more: Tensor | None) -> bool:
+    """Whether the kernel can, and is the faster one."""
+    tensors = [t for t in (x, weight, bias, more) if t is not None]
+    tiles = -(-x[:, 0].numel() // 64) * -(-len(weight) // 64)
+    return (x.dtype in (torch.bfloat16, torch.float16) and all([t.dtype == x.dtype for t in tensors])
+            and not (torch.is_grad_enabled() and any([t.requires_grad for t in tensors]))
+            and x.shape[1] % CHANNELS == 0 and len(weight) >= OUTPUTS and tiles <= FEW
+            and shared_memory(x.device) >= SHARED)
 
 
 def conv3x3_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, more: Tensor | None = None) -> Tensor:

@@ -22,7 +22,7 @@ from torch.nn.functional import conv2d, linear, pad
 from kernels.geglu import GEGLU, geglu_reference
 from kernels.gpu import is_plain
 from kernels.up_conv import UpConv2d, part_weights, up_conv, windows
-from kernels.winograd import winograd_conv3x3, transform_weight
+from kernels.winograd import transform_weight, winograd_conv3x3
 
 FEW = 128                              # pixels of a batch; for so few a convolution is faster as a matrix product
 WIDE = 256                             # channels before and after, from which on Winograd's is faster

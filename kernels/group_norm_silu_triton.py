@@ -242,7 +242,8 @@ def _small(x, y,                       # (N, P, C), or (N, C, P) if not LAST
     else:
         added = tl.zeros([BC], TYPE)
     mean += added
-    mean_g = divided(_over_group(mean, lanes, CG, GROUPS), CG)
+    origin = tl.sum(tl.where(lanes == 0, mean, 0.0))                     # sums of differences stay small and exact
+    mean_g = origin + divided(_over_group(tl.where(ours, mean - origin, 0.0), lanes, CG, GROUPS), CG)
     squares += tl.where(ours, P * (mean - mean_g) * (mean - mean_g), 0.0)    # Chan's formula
     rstd = tl.rsqrt(_over_group(squares, lanes, CG, GROUPS) / (CG * P) + eps)
     centre = mean_g - added
@@ -410,8 +411,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, group
     """y in `dtype`; centre and rstd, (2, N, C)."""
     x = dense(x)
     y, stats = torch.empty_like(x, dtype=dtype), statistics_for(x, 2, *x.shape[:2])
-    numbers = math.prod(tile_of_small(x.shape[2] * x.shape[3], x.shape[1] // groups))
-    small = frames == 1 and numbers <= (SMALL if x.numel() > FEW else 2 * SMALL)
+    PIXELS, BC = tile_of_small(x.shape[2] * x.shape[3], x.shape[1] // groups)
+    small = frames == 1 and BC <= 128 and PIXELS * BC <= (SMALL if x.numel() > FEW else 2 * SMALL)
     with torch.cuda.device_of(x):
         (launch_small if small else launch_tiles)(x, y, weight, bias, shift, stats, groups, eps, frames, silu)
     return y, stats

@@ -31,7 +31,7 @@ def transform_weight(weight: Tensor) -> Tensor:
 
 
 def winograd_conv3x3(x: Tensor, weights: list[Tensor] | Tensor, bias: Tensor | None,
-            product: Callable[[Tensor, Tensor], Tensor] = linear) -> Tensor:
+                     product: Callable[[Tensor, Tensor], Tensor] = linear) -> Tensor:
     """conv2d(x, weight, bias, padding=1).   (B, C, H, W), 16 of (O, C) -> (B, O, H, W)
 
     Channels last; with odd sides a view of a picture with even ones. product(x, weights[i]) is x weights[i]^T,

@@ -1,4 +1,4 @@
-"""Graph: a function of tensors captured once as a CUDA graph and replayed, one launch instead of fifteen hundred.
+"""Graph: a function of tensors captured once as a CUDA graph and replayed, one launch instead of a thousand.
 
     step = Captured(Compiled(step))    # or either alone
 

@@ -313,7 +313,7 @@ def test_a_demanded_kernel_that_cannot_run_is_an_error(versions, monkeypatch):
 
 def test_wide_heads_need_a_gpu_with_the_memory_for_their_tiles(versions, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(sys.modules["kernels.attention"], "_shared_memory", lambda device: 101_376)      # a GeForce's
+    monkeypatch.setattr(sys.modules["kernels.attention"], "shared_memory", lambda device: 101_376)      # a GeForce's
     assert versions("triton", 160) == "kernel"
     with pytest.raises(RuntimeError, match="heads of 168 needs 196,608 bytes"):
         versions("triton", 168)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kernels.attention import SHARED as OF_WIDE_HEADS
+from kernels.conv import SHARED as OF_CONVOLUTIONS
 
 triton = pytest.importorskip("triton")
 
@@ -32,8 +33,9 @@ def test_nothing_is_spilled_and_all_fits(table):
     assert not {name for name, row in table.items() if row["stack"] or row["spills"] or row["shared"] > SHARED}
 
 
-def test_the_largest_tile_is_what_wide_heads_are_said_to_need(table):
+def test_the_largest_tiles_are_what_wide_heads_and_convolutions_are_said_to_need(table):
     assert max(row["shared"] for row in table.values()) == OF_WIDE_HEADS
+    assert max(row["shared"] for name, row in table.items() if name.startswith("conv")) == OF_CONVOLUTIONS
 
 
 def test_matrix_kernels_use_the_matrix_units_except_in_float32_and_for_dkeys_of_the_widest_heads(table):

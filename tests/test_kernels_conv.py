@@ -7,8 +7,8 @@ import torch
 from test_kernels_group_norm import error, memory_is_nan_until_written       # noqa: F401  for each test here too
 from torch.library import opcheck
 
-from kernels import backend
-from kernels.conv import conv3x3, conv3x3_reference, why_unfit
+from kernels import backend, conv as operation
+from kernels.conv import conv3x3, conv3x3_reference
 
 pytest.importorskip("triton")
 from kernels import conv_triton as convs  # noqa: E402  Triton need not be installed
@@ -115,9 +115,9 @@ def test_other_layouts_are_copied():
     x, weight, bias, more = inputs((2, 8, 12, 4, 6))
     wanted = convs.conv3x3_triton(x, weight, bias, more)
     assert torch.equal(wanted, convs.conv3x3_triton(*(t.contiguous() for t in (x, weight, bias, more))))
-    wide = normal(2, 16, 4, 6)
-    wide[:, 8:] = x
-    assert torch.equal(wanted, convs.conv3x3_triton(wide[:, 8:], weight, bias, more))
+    wide, apart = normal(2, 16, 4, 6), normal(24)
+    wide[:, 8:], apart[::2] = x, bias
+    assert torch.equal(wanted, convs.conv3x3_triton(wide[:, 8:], weight, apart[::2], more))
 
 
 def test_no_pictures_are_no_result():
@@ -131,28 +131,46 @@ def test_what_does_not_fit_together_is_refused():
             convs.conv3x3_triton(*wrong)
 
 
-def test_unfit_inputs_say_why():
-    x, weight = normal(1, 16, 4, 4), normal(3, 16, 3, 3)
-    assert why_unfit(x, weight, None) == ""
-    assert "types" in why_unfit(x.double(), weight.double()) and "types" in why_unfit(x, weight.half())
-    assert "multiples of 16" in why_unfit(normal(1, 8, 4, 4), normal(3, 8, 3, 3))
-    assert "32 bits" in why_unfit(torch.empty(1, device=DEVICE).expand(2**15, 16, 2**7, 2**7), weight)
-    assert "gradient" in why_unfit(x, weight.clone().requires_grad_())
+@pytest.fixture
+def always_triton(monkeypatch):
+    monkeypatch.setattr(backend, "MODE", "triton")
+    monkeypatch.setattr(operation, "OUTPUTS", 1)
 
 
-def test_the_switch_chooses_the_kernel(monkeypatch):
+def test_the_switch_chooses_the_kernel(monkeypatch, always_triton):
     given = inputs((1, 16, 4, 3, 3), torch.float16)
     for mode, version in ("torch", conv3x3_reference), ("triton", convs.conv3x3_triton):
         monkeypatch.setattr(backend, "MODE", mode)
         assert torch.equal(conv3x3(*given), version(*given))
 
 
-def test_large_pictures_and_float32_are_left_to_pytorch(monkeypatch):
-    monkeypatch.setattr(convs, "conv3x3_triton", lambda *given: pytest.fail("a kernel ran"))
-    monkeypatch.setattr(backend, "MODE", "triton")
-    for size, dtype in (8, torch.float32), (104, torch.float16):         # 169 tiles
-        given = inputs((1, 16, 4, size, size), dtype)
-        assert torch.equal(conv3x3(*given), conv3x3_reference(*given))
+UNSUITED = {"large": {"shape": (1, 16, 4, 104, 104)}, "float32": {"dtype": torch.float32}, "24 channels": {
+    "shape": (1, 24, 4, 3, 3)}, "few outputs": {"outputs": 5}, "little shared memory": {"shared": 101_376}}
+
+
+@pytest.mark.parametrize("what", UNSUITED.values(), ids=UNSUITED)
+def test_what_the_kernel_is_not_for_is_left_to_pytorch(monkeypatch, always_triton, what):
+    monkeypatch.setattr(convs, "conv3x3_triton", lambda *given: pytest.fail("the kernel ran"))
+    monkeypatch.setattr(operation, "OUTPUTS", what.get("outputs", 1))
+    monkeypatch.setattr(operation, "shared_memory", lambda device: what.get("shared", 2**18))
+    given = inputs(what.get("shape", (1, 16, 4, 3, 3)), what.get("dtype", torch.float16))
+    assert torch.equal(conv3x3(*given), conv3x3_reference(*given))
+
+
+def test_gradients_and_mixed_types_under_autocast_are_left_to_pytorch_too(monkeypatch, always_triton):
+    x, weight, bias, more = inputs((1, 16, 4, 3, 3), torch.bfloat16)
+    weight.requires_grad_()
+    conv3x3(x, weight, bias, more).sum().backward()
+    assert weight.grad is not None
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        assert conv3x3(x, weight.float(), bias.float(), more).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_it_can_be_compiled(always_triton):
+    given = inputs((1, 16, 4, 3, 3), torch.float16)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(conv3x3, fullgraph=True, backend="aot_eager")(*given), conv3x3(*given))
 
 
 @pytest.mark.parametrize("more", [False, True])
@@ -163,7 +181,6 @@ def test_the_operation_is_registered_as_it_behaves(more):
 def test_tiles_are_powers_of_two_and_shares_have_steps_enough(monkeypatch):
     monkeypatch.undo()
     for B, side, C, N in (1, 32, 320, 320), (2, 8, 2560, 1280), (2, 4, 1280, 1280), (4, 64, 320, 4), (1, 3, 8, 1):
-        for dtype in LIMITS:
-            BM, BN, BK, S, warps, stages = convs.tiles(B, side, side, C, N, dtype)
-            assert all(size & (size - 1) == 0 and size >= 16 for size in (BM, BN, BK)), (B, side, C, N)
-            assert S == 1 or 9 * C // BK // S >= convs.FEWEST
+        BM, BN, BK, S, warps, stages = convs.tiles(B, side, side, C, N)
+        assert all(size & (size - 1) == 0 and size >= 16 for size in (BM, BN, BK)), (B, side, C, N)
+        assert S == 1 or 9 * C // BK // S >= convs.FEWEST

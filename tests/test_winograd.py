@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import conv2d
 
 from kernels import winograd
-from kernels.winograd import winograd_conv3x3, transform_weight
+from kernels.winograd import transform_weight, winograd_conv3x3
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 8, 6), (1, 3, 9, 8), (1, 3, 8, 7), (3, 2, 1, 1), (1, 4, 2, 5)], ids=str)
@@ -37,5 +37,5 @@ def test_in_float32_its_error_is_at_most_twice_that_of_conv2d():
 def test_it_needs_sixteen_products_for_four_outputs():
     calls = []
     winograd_conv3x3(torch.randn(1, 5, 6, 8), transform_weight(torch.randn(7, 5, 3, 3)), None,
-            lambda x, u: calls.append(x[..., 0].numel()) or torch.nn.functional.linear(x, u))
+                     lambda x, u: calls.append(x[..., 0].numel()) or torch.nn.functional.linear(x, u))
     assert calls == [3 * 4] * 16
