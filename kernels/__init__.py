@@ -4,11 +4,11 @@ A model imports an operation from here and never asks what hardware it is on. Sh
 are final: the Triton versions take the same arguments.
 """
 from kernels.add_layer_norm import add_layer_norm
-from kernels.attention import attention, temporal_attention
+from kernels.attention import cross_attention, self_attention, temporal_attention
 from kernels.conv import Conv2d
 from kernels.geglu import GEGLU, geglu
 from kernels.group_norm_silu import group_norm_silu
 from kernels.up_conv import UpConv2d
 
-__all__ = ["Conv2d", "GEGLU", "UpConv2d", "add_layer_norm", "attention", "temporal_attention", "geglu",
-           "group_norm_silu"]
+__all__ = ["Conv2d", "GEGLU", "UpConv2d", "add_layer_norm", "cross_attention", "geglu", "group_norm_silu",
+           "self_attention", "temporal_attention"]

@@ -3,8 +3,9 @@
     X = Q K^T / sqrt(K)     P = softmax(X)     O = P V          (Attention Is All You Need, arXiv:1706.03762, eq. 1)
 
 Shapes: B batch, L queries, M keys, N heads, K width of a head. The layout is (B, L, N, K): the
-output of a linear layer seen with its heads apart, so nothing is transposed before or after. The
-inputs may be strided views (of one packed QKV product, say); the output is contiguous.
+output of a linear layer seen with its heads apart, so nothing is transposed before or after. Q, K
+and V of one layer stay packed, (B, L, 3, N, K), and so do their gradients: kernels read and write
+them where they lie. The inputs may be strided views; outputs and gradients are contiguous.
 
 The vector-Jacobian product, for the gradient dO of the output:
 
@@ -30,27 +31,38 @@ WIDE, SHARED = 160, 196_608            # wider heads need so many bytes of share
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v.   q (B, L, N, K), k and v (B, M, N, K) -> (B, L, N, K)"""
-    if not _for_a_kernel(q):
-        return attention_reference(q, k, v)
+def self_attention(qkv: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v of one sequence.   (B, L, 3, N, K) -> (B, L, N, K)"""
+    if not _for_a_kernel(qkv):
+        return attention_reference(*qkv.unbind(2))
     from kernels import attention_triton
-    return attention_triton.attention(*_autocast(q, k, v))
+    return attention_triton.self_attention(*_autocast(qkv))
 
 
-def temporal_attention(q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
-    """The same along the frames: each of the S places of a clip attends to itself in all F frames.
+def cross_attention(q: Tensor, kv: Tensor) -> Tensor:
+    """The same with keys and values of another one.   (B, L, N, K), (B, M, 2, N, K) -> (B, L, N, K)"""
+    if not _for_a_kernel(q):
+        return attention_reference(q, *kv.unbind(2))
+    from kernels import attention_triton
+    return attention_triton.cross_attention(*_autocast(q, kv))
 
-    q, k, v (B*F, S, N, K), frames of a clip adjacent -> (B*F, S, N, K)
+
+def temporal_attention(qkv: Tensor, frames: int) -> Tensor:
+    """Self-attention along the frames: each of the S places of a clip attends to itself in all F frames.
+
+    (B*F, S, 3, N, K), frames of a clip adjacent -> (B*F, S, N, K)
     """
-    if not _for_a_kernel(q):
-        return temporal_attention_reference(q, k, v, frames)
+    if not _for_a_kernel(qkv):
+        return temporal_attention_reference(*qkv.unbind(2), frames)
     from kernels import attention_triton
-    return attention_triton.temporal_attention(*_autocast(q, k, v), frames)
+    return attention_triton.temporal_attention(*_autocast(qkv), frames)
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attention` in plain PyTorch; on a CPU for inference what attention_cpu.py makes of it."""
+    """Attention in plain PyTorch; on a CPU for inference what attention_cpu.py makes of it.
+
+    q (B, L, N, K), k and v (B, M, N, K) -> (B, L, N, K)
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                     # (B, N, L or M, K)
     if q.device.type == "cpu" and torch.is_grad_enabled() and q.shape[2] * k.shape[2] <= SMALL:
         weights = torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(2, 3), dim=-1)
@@ -61,7 +73,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def temporal_attention_reference(q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
-    """`temporal_attention` in plain PyTorch."""
+    """The same along frames.   3 x (B*F, S, N, K) -> (B*F, S, N, K)"""
     shape = q.shape
     q, k, v = (x.unflatten(0, (-1, frames)).permute(0, 2, 3, 1, 4) for x in (q, k, v))   # (B, S, N, F, K)
     out = scaled_dot_product_attention(q, k, v)

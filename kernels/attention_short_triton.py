@@ -6,6 +6,7 @@ nothing kept from forward to backward but Q, K, V, and one program makes dQ, dK 
 
 Shapes: clips B, tokens T of a sequence, places S of a clip, heads N, width K. The layout is (B, T, S, N, K),
 where the sequences of a video lie already: frames are T, pixels are S. Of one picture, pixels are T and S = 1.
+Q, K and V lie packed, (B, T, S, 3, N, K), with one set of strides; so do dQ, dK and dV, contiguous.
 """
 import math
 
@@ -72,7 +73,7 @@ def backward(q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr,        # (B, T
     own, clip, place, token, inside, n = whole_sequences(count, S, T, N, ROWS)
     at = clip * clip_stride + token * token_stride + place * place_stride + n * K
     do_at = clip * do_clip + token * do_token + place * do_place + n * K
-    into = (((clip * T + token) * S + place) * N + n) * K
+    into = (((clip * T + token) * S + place) * 3 * N + n) * K            # dQ, dK and dV lie packed
     q = load(q_ptr, at, inside, EVEN, K, MAIN, TAIL)
     k = load(k_ptr, at, inside, EVEN, K, MAIN, TAIL)
     v = load(v_ptr, at, inside, EVEN, K, MAIN, TAIL)
@@ -90,9 +91,9 @@ def backward(q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr,        # (B, T
 # ---- Operation -----------------------------------------------------------------------------------
 
 @torch.library.custom_op("nanodisco::short_attention", mutates_args=())
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each of the B*S sequences attends to itself.   3 x (B, T, S, N, K) -> (B, T, S, N, K)"""
-    q, k, v = alike(q, k, v)
+def attend(qkv: Tensor) -> Tensor:
+    """Each of the B*S sequences attends to itself.   (B, T, S, 3, N, K) -> (B, T, S, N, K)"""
+    q, k, v = heads_adjacent(qkv).unbind(3)
     grid, sizes, constants = cut(q)
     o = q.new_empty(q.shape)
     with torch.cuda.device_of(q):
@@ -101,24 +102,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @attend.register_fake
-def _(q, k, v):
-    return q.new_empty(q.shape)
+def _(qkv):
+    B, T, S, _, N, K = qkv.shape
+    return qkv.new_empty(B, T, S, N, K)
 
 
 @torch.library.custom_op("nanodisco::short_attention_backward", mutates_args=())
-def attend_backward(q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dQ, dK, dV"""
-    (q, k, v), do = alike(q, k, v), heads_adjacent(do)
+def attend_backward(qkv: Tensor, do: Tensor) -> Tensor:
+    """-> dQ, dK and dV, packed as Q, K and V are"""
+    (q, k, v), do = heads_adjacent(qkv).unbind(3), heads_adjacent(do)
     grid, sizes, constants = cut(q)
-    dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
+    gradient = qkv.new_empty(qkv.shape)
     with torch.cuda.device_of(q):
-        backward[grid](q, k, v, do, dq, dk, dv, *strides(q), *strides(do), *sizes, q.shape[-1] ** -0.5, **constants)
-    return dq, dk, dv
+        backward[grid](q, k, v, do, *gradient.unbind(3), *strides(q), *strides(do), *sizes, q.shape[-1] ** -0.5,
+                       **constants)
+    return gradient
 
 
 @attend_backward.register_fake
-def _(q, k, v, do):
-    return tuple(q.new_empty(q.shape) for _ in range(3))
+def _(qkv, do):
+    return qkv.new_empty(qkv.shape)
 
 
 def _keep(ctx, inputs, output):
@@ -130,12 +133,6 @@ def _backward(ctx, do):
 
 
 attend.register_autograd(_backward, setup_context=_keep)
-
-
-def alike(*xs: Tensor) -> tuple[Tensor, ...]:
-    """Inputs with the same strides, as of one packed product; else copies that have them."""
-    xs = tuple(heads_adjacent(x) for x in xs)
-    return xs if len({strides(x) for x in xs}) == 1 else tuple(x.contiguous() for x in xs)
 
 
 def cut(q: Tensor) -> tuple[tuple, tuple, dict]:

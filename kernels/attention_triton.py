@@ -141,7 +141,7 @@ def forward(q_ptr, k_ptr, v_ptr,                                         # (B, L
 @triton.jit
 def d_queries(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, do_ptr,               # do (B, L, N, K)
               dq_ptr, delta_ptr,                                         # (B, L, N, K), (B, N, L)
-              q_batch, q_row, k_batch, k_row, v_batch, v_row, do_batch, do_row, L, M, scale, root,
+              q_batch, q_row, k_batch, k_row, v_batch, v_row, do_batch, do_row, dq_batch, dq_row, L, M, scale, root,
               N: tl.constexpr, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
               BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, EVEN_L: tl.constexpr, EVEN_M: tl.constexpr,
               FIRST: tl.constexpr):
@@ -172,13 +172,14 @@ def d_queries(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, do_ptr,               # do (B
             p = tl.where((keys < M)[None, :], p, 0.0)                    # a key of zeros may score too high for exp
         ds = p * (inner(do, v) - delta[:, None])
         dq = add(dq, ds, k)
-    store(dq_ptr + (b * L * N + n) * K, rows * (N * K), rows < L, dq, K, root)
+    store(dq_ptr + b * dq_batch + n * K, rows * dq_row, rows < L, dq, K, root)
 
 
 @triton.jit
 def d_keys(q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, do_ptr,
-           dk_ptr, dv_ptr,                                               # 2 x (SHARES, B, M, N, K)
-           q_batch, q_row, k_batch, k_row, v_batch, v_row, do_batch, do_row, B, L, M, share, scale, root,
+           dk_ptr, dv_ptr,                                               # 2 x (SHARES*B, M, N, K), strides alike
+           q_batch, q_row, k_batch, k_row, v_batch, v_row, do_batch, do_row, dk_batch, dk_row,
+           B, L, M, share, scale, root,
            N: tl.constexpr, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
            BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, EVEN_L: tl.constexpr, EVEN_M: tl.constexpr):
     block, n, b = place(tl.cdiv(M, BLOCK_M), N)
@@ -205,9 +206,9 @@ def d_keys(q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, do_ptr,
         dv = add(dv, p, do)
         ds = p * (inner(v, do) - delta[None, :])
         dk = add(dk, ds, q)
-    into = ((part * B + b) * M * N + n) * K
-    store(dk_ptr + into, keys * (N * K), keys < M, dk, K, root)
-    store(dv_ptr + into, keys * (N * K), keys < M, dv, K)
+    into = (part * B + b) * dk_batch + keys * dk_row                     # one sum for both: that saves registers
+    store(dk_ptr + n * K, into, keys < M, dk, K, root)
+    store(dv_ptr + n * K, into, keys < M, dv, K)
 
 
 # ---- How the work is cut -------------------------------------------------------------------------
@@ -235,9 +236,9 @@ def shared(L: int, block_l: int, programs: int) -> tuple[int, int]:
 # ---- Operations ----------------------------------------------------------------------------------
 
 @torch.library.custom_op("nanodisco::attention", mutates_args=())
-def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """q (B, L, N, K), k and v (B, M, N, K) -> o (B, L, N, K), LSE (B, N, L) in base 2"""
-    q, k, v = (heads_adjacent(x) for x in (q, k, v))
+def attend(packed: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """[qkv (B, L, 3, N, K)], or [q (B, L, 1, N, K), kv (B, M, 2, N, K)] -> o (B, L, N, K), LSE (B, N, L) in base 2"""
+    q, k, v = unpacked(packed)
     (B, L, N, K), M = q.shape, k.shape[1]
     o, lse = q.new_empty(B, L, N, K), q.new_empty(B, N, L, dtype=torch.float32)
     tile, launch = tiles("few" if B * N * L <= FEW else "forward", L, M, K, q.dtype)
@@ -249,61 +250,76 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @attend.register_fake
-def _(q, k, v):
-    return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+def _(packed):
+    B, L, _, N, K = packed[0].shape
+    return packed[0].new_empty(B, L, N, K), packed[0].new_empty(B, N, L, dtype=torch.float32)
 
 
 @torch.library.custom_op("nanodisco::attention_backward", mutates_args=())
-def attend_backward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-                    do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dQ, dK, dV"""
-    q, k, v, do = (heads_adjacent(x) for x in (q, k, v, do))
+def attend_backward(packed: list[Tensor], o: Tensor, lse: Tensor, do: Tensor) -> list[Tensor]:
+    """-> dQ, dK and dV, packed as Q, K and V are"""
+    (q, k, v), do = unpacked(packed), heads_adjacent(do)
     (B, L, N, K), M = q.shape, k.shape[1]
     given = (*strides(q), *strides(k), *strides(v), *strides(do))
     scale, root = K ** -0.5 * LOG2_E, K ** -0.5
-    dq, delta = torch.empty_like(o), torch.empty_like(lse)
+    gradients, delta = [x.new_empty(x.shape) for x in packed], torch.empty_like(lse)
+    dq, dkv = gradients[0][:, :, 0], gradients[-1][:, :, -2:]            # (B, L, N, K), (B, M, 2, N, K)
     with torch.cuda.device_of(q):
         tile, launch = tiles("d_queries", L, M, K, q.dtype)
         d_queries[(-(-L // tile["BLOCK_L"]) * B * N,)](
-            q, k, v, o, lse, do, dq, delta, *given, L, M, scale, root, N, K, *parts(K), **tile, **launch)
+            q, k, v, o, lse, do, dq, delta, *given, *strides(dq), L, M, scale, root, N, K, *parts(K), **tile, **launch)
         tile, launch = tiles("d_keys", L, M, K, q.dtype)
         blocks = -(-M // tile["BLOCK_M"]) * B * N
         share, shares = shared(L, tile["BLOCK_L"], blocks)
-        dtype = torch.float32 if shares > 1 else q.dtype
-        dk, dv = (q.new_empty(shares, B, M, N, K, dtype=dtype) for _ in range(2))
+        into = dkv if shares == 1 else q.new_empty(shares * B, M, 2, N, K, dtype=torch.float32)
+        dk, dv = into.unbind(2)
         d_keys[(blocks, shares)](
-            q, k, v, lse, delta, do, dk, dv, *given, B, L, M, share, scale, root, N, K, *parts(K), **tile, **launch)
-    return dq, *(x.sum(0).to(q.dtype) if shares > 1 else x[0] for x in (dk, dv))
+            q, k, v, lse, delta, do, dk, dv, *given, *strides(dk), B, L, M, share, scale, root, N, K, *parts(K),
+            **tile, **launch)
+        if shares > 1:
+            dkv.copy_(into.unflatten(0, (shares, B)).sum(0))
+    return gradients
 
 
 @attend_backward.register_fake
-def _(q, k, v, o, lse, do):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _(packed, o, lse, do):
+    return [x.new_empty(x.shape) for x in packed]
 
 
 def _keep(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, *output)
+    ctx.save_for_backward(*inputs[0], *output)
     ctx.set_materialize_grads(False)                                     # nobody differentiates LSE
 
 
 def _backward(ctx, do, _):
-    return attend_backward(*ctx.saved_tensors, do)
+    *packed, o, lse = ctx.saved_tensors
+    return attend_backward(packed, o, lse, do)
 
 
 attend.register_autograd(_backward, setup_context=_keep)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q (B, L, N, K), k and v (B, M, N, K) -> (B, L, N, K)"""
-    if q.shape == k.shape and q.shape[1] <= short.longest(q):
-        return short.attend(*(x.unsqueeze(2) for x in (q, k, v))).squeeze(2)
-    return attend(q, k, v)[0]
+def unpacked(packed: list[Tensor]) -> list[Tensor]:
+    """-> Q, K, V, as views where kernels can read them"""
+    return [heads_adjacent(x) for some in packed for x in some.unbind(2)]
 
 
-def temporal_attention(q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
-    """q, k, v (B*F, S, N, K) -> (B*F, S, N, K)"""
-    q, k, v = (x.unflatten(0, (-1, frames)) for x in (q, k, v))          # (B, F, S, N, K)
-    if frames <= short.longest(q):
-        return short.attend(q, k, v).flatten(0, 1)
-    o = attention(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)))              # (B*S, F, N, K)
-    return o.unflatten(0, (-1, q.shape[2])).transpose(1, 2).flatten(0, 1).contiguous()
+def self_attention(qkv: Tensor) -> Tensor:
+    """(B, L, 3, N, K) -> (B, L, N, K)"""
+    if qkv.shape[1] <= short.longest(qkv):
+        return short.attend(qkv.unsqueeze(2)).squeeze(2)
+    return attend([qkv])[0]
+
+
+def cross_attention(q: Tensor, kv: Tensor) -> Tensor:
+    """(B, L, N, K), (B, M, 2, N, K) -> (B, L, N, K)"""
+    return attend([q.unsqueeze(2), kv])[0]
+
+
+def temporal_attention(qkv: Tensor, frames: int) -> Tensor:
+    """(B*F, S, 3, N, K) -> (B*F, S, N, K)"""
+    qkv = qkv.unflatten(0, (-1, frames))                                 # (B, F, S, 3, N, K)
+    if frames <= short.longest(qkv):
+        return short.attend(qkv).flatten(0, 1)
+    o = self_attention(qkv.transpose(1, 2).flatten(0, 1))                # (B*S, F, N, K)
+    return o.unflatten(0, (-1, qkv.shape[2])).transpose(1, 2).flatten(0, 1).contiguous()

@@ -70,5 +70,5 @@ class TemporalAttention(nn.Module):
         self.out = ZeroLinear(width, width)
 
     def forward(self, x: Tensor, frames: int) -> Tensor:                 # (B*F, L, D) -> the same
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)      # 3 x (B*F, L, N, K)
-        return self.out(temporal_attention(q, k, v, frames).flatten(2))
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))             # (B*F, L, 3, N, K)
+        return self.out(temporal_attention(qkv, frames).flatten(2))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kernels import GEGLU, add_layer_norm, attention, group_norm_silu
+from kernels import GEGLU, add_layer_norm, cross_attention, group_norm_silu, self_attention
 from nanodisco.memo import Memo
 from nanodisco.temporal import TemporalAttention
 
@@ -69,8 +69,8 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)     # 3 x (B, L, N, K)
-        return self.out(attention(q, k, v).flatten(2))
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))             # (B, L, 3, N, K)
+        return self.out(self_attention(qkv).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -87,9 +87,9 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, tokens: Tensor | Memo) -> Tensor:
-        k, v = Memo.of(tokens).through(self.kv).unflatten(-1, (2, self.heads, -1)).unbind(2)     # 2 x (B, M, N, K)
-        q = self.q(x).view(len(k), -1, self.heads, k.shape[-1])                         # (B, F*L, N, K)
-        return self.out(attention(q, k, v).view(x.shape))
+        kv = Memo.of(tokens).through(self.kv).unflatten(-1, (2, self.heads, -1))        # (B, M, 2, N, K)
+        q = self.q(x).view(len(kv), -1, self.heads, kv.shape[-1])        # (B, F*L, N, K)
+        return self.out(cross_attention(q, kv).view(x.shape))
 
 
 class FeedForward(nn.Module):

@@ -13,7 +13,7 @@ measured first; a byte counts once for each input that is read and each output t
 against float64. `aim`: how many times as fast as the fastest other column ours is to be. Ours is timed twice; `spread`
 is the difference.
 
-bf16, 8 heads, memory as the models have it: packed Q, K, V; channels last.
+bf16, 8 heads, memory as the models have it: packed Q, K, V, and their gradients too; channels last.
 """
 import argparse
 import json
@@ -34,7 +34,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import conv2d, group_norm, scaled_dot_product_attention, silu
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from kernels import add_layer_norm, attention, backend, geglu, group_norm_silu, temporal_attention  # noqa: E402
+from kernels import (add_layer_norm, backend, cross_attention, geglu, group_norm_silu,  # noqa: E402
+                     self_attention, temporal_attention)
 from kernels.add_layer_norm import add_layer_norm_reference  # noqa: E402
 from kernels.conv import conv3x3  # noqa: E402
 from kernels.geglu import geglu_reference  # noqa: E402
@@ -115,23 +116,27 @@ def along_frames(function: Callable) -> Callable:
 
 
 def packed(B: int, L: int, M: int, K: int) -> list[Tensor]:
-    """q, k, v as linear layers leave them, each a leaf of its own."""
-    if L == M:
-        found = torch.randn(B, L, 3, HEADS, K, device=DEVICE, dtype=DTYPE).unbind(2)
-    else:
-        found = (torch.randn(B, L, HEADS, K, device=DEVICE, dtype=DTYPE),
-                 *torch.randn(B, M, 2, HEADS, K, device=DEVICE, dtype=DTYPE).unbind(2))
-    return [x.detach() for x in found]
+    """qkv, or q and kv, as linear layers leave them."""
+    shapes = [(B, L, 3, HEADS, K)] if L == M else [(B, L, HEADS, K), (B, M, 2, HEADS, K)]
+    return [torch.randn(shape, device=DEVICE, dtype=DTYPE) for shape in shapes]
+
+
+def unpacked(q: Tensor, kv: Tensor | None = None) -> tuple[Tensor, ...]:
+    """(qkv,) or (q, kv) -> q, k, v"""
+    return q.unbind(2) if kv is None else (q, *kv.unbind(2))
 
 
 def attention_case(name, inputs, ours, adapt, scores, K, backward=False, **others) -> Case:
-    """`adapt` makes an attention of (B, L, N, K) into one of these inputs. `scores`: how many there are.
+    """`adapt` makes an attention of (B, L, N, K) into one of these q, k, v. `scores`: how many there are.
 
     Forward two products of matrices, backward five; q, k, v and o, then those and as many gradients.
     """
-    fused = {name: adapt(fused_attention(choice)) for name, choice in FUSED.items()} if GPU else {}
-    traffic = sum(x.numel() * x.element_size() for x in [*inputs, inputs[0]])
-    return Case(name, inputs, ours, adapt(plain_attention), (10 if backward else 4) * scores * K, scores,
+    def peer(function: Callable) -> Callable:
+        return lambda *inputs: adapt(function)(*unpacked(*inputs))
+
+    fused = {name: peer(fused_attention(choice)) for name, choice in FUSED.items()} if GPU else {}
+    traffic = sum(x.nbytes for x in [*inputs, unpacked(*inputs)[0]])
+    return Case(name, inputs, ours, peer(plain_attention), (10 if backward else 4) * scores * K, scores,
                 (2 if backward else 1) * traffic, fused, backward=backward, **others)
 
 
@@ -141,14 +146,15 @@ def attention_cases(B: int, backward: bool = False) -> Iterator[Case]:
         for K, L in sizes:
             M = tokens or L
             aim = 0.8 if backward else 1.3 if tokens else 1.05 if K == 40 else 1.0     # of the fastest
-            yield attention_case(f"{'cross' if tokens else 'self'} d{K} {L}x{M} B{B}", packed(B, L, M, K), attention,
-                                 lambda f: f, B * HEADS * L * M, K, backward, aim=aim, compiled=B > 2 and not backward)
+            kind, ours = ("cross", cross_attention) if tokens else ("self", self_attention)
+            yield attention_case(f"{kind} d{K} {L}x{M} B{B}", packed(B, L, M, K), ours, lambda f: f, B * HEADS * L * M,
+                                 K, backward, aim=aim, compiled=B > 2 and not backward)
 
 
 def temporal_cases(B: int = 2) -> Iterator[Case]:
     for K, S in [(40, 1024), (80, 256), (160, 64), (40, 4096)] if GPU else [(40, 16)]:
         yield attention_case(f"temporal d{K} {B * S}x{FRAMES}", packed(B * FRAMES, S, S, K),
-                             lambda q, k, v: temporal_attention(q, k, v, FRAMES), along_frames,
+                             lambda qkv: temporal_attention(qkv, FRAMES), along_frames,
                              B * S * HEADS * FRAMES**2, K, few=FRAMES, aim=3.0)
 
 

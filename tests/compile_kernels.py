@@ -36,19 +36,19 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # ---- Rows: name, call ------------------------------------------------------------------------------
 
 def packed(B: int, L: int, N: int, K: int, dtype=BF16):
-    return torch.empty(B, L, 3, N, K, dtype=dtype).unbind(2)
+    return (torch.empty(B, L, 3, N, K, dtype=dtype),)
 
 
 def crossed(B: int, L: int, M: int, N: int, K: int, dtype=BF16):
-    return torch.empty(B, L, N, K, dtype=dtype), *torch.empty(B, M, 2, N, K, dtype=dtype).unbind(2)
+    return torch.empty(B, L, N, K, dtype=dtype), torch.empty(B, M, 2, N, K, dtype=dtype)
 
 
-def attention(q, k, v):
-    differentiated(attention_triton.attention, q, k, v)
+def attention(*packed):
+    differentiated(attention_triton.cross_attention if len(packed) > 1 else attention_triton.self_attention, *packed)
 
 
-def temporal(frames, q, k, v):
-    differentiated(lambda *qkv: attention_triton.temporal_attention(*qkv, frames), q, k, v)
+def temporal(frames, qkv):
+    differentiated(lambda qkv: attention_triton.temporal_attention(qkv, frames), qkv)
 
 
 def norm(N: int, C: int, height: int, frames: int = 1, shifts: int = 1, last: bool = True, dtype=BF16):

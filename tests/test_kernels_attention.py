@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
+from kernels import attention as dispatch
 from kernels import attention_triton, backend
 from kernels.attention import attention_reference, temporal_attention_reference
 
@@ -42,6 +44,10 @@ SHORT = {                              # clips B, frames F, places S, N, K
     "width 256": (1, 3, 3, 1, 256)}
 
 PICTURES = {                           # B, L, N, K
+    "blocks and a rest": (2, 70, 2, 40),
+    "even blocks": (1, 128, 1, 40),
+    "queries shared out": (1, 260, 1, 8),
+    "width 160, blocks and a rest": (1, 70, 1, 160),
     "16 pixels": (3, 16, 2, 40),
     "64 pixels": (2, 64, 1, 160),
     "an odd number": (2, 21, 1, 8)}
@@ -57,28 +63,33 @@ def memory_full_of_nan():
     torch.use_deterministic_algorithms(False)
 
 
-def packed(B: int, L: int, parts: int, N: int, K: int, dtype=torch.float32) -> tuple[Tensor, ...]:
-    """parts x (B, L, N, K), views of one product with NaN around it, so that a number read from outside shows."""
-    room = torch.full((B + 1, L + 3, parts, N, K), float("nan"), device=DEVICE, dtype=dtype)
+def packed(B: int, L: int, *parts_and_heads: int, dtype=torch.float32) -> Tensor:
+    """(B, L, [parts,] N, K), in a tensor with NaN around it, so that a number read from outside shows."""
+    room = torch.full((B + 1, L + 3, *parts_and_heads), float("nan"), device=DEVICE, dtype=dtype)
     inside = room[:B, :L]
     inside.copy_(torch.randn(inside.shape))
-    return tuple(x.detach().requires_grad_() for x in inside.unbind(2))
+    return inside.detach().requires_grad_()
 
 
 def inputs(B, L, M, N, K, dtype):
-    return (*packed(B, L, 1, N, K, dtype), *packed(B, M, 2, N, K, dtype))
+    return packed(B, L, N, K, dtype=dtype), packed(B, M, 2, N, K, dtype=dtype)
 
 
-def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def parts(*packed: Tensor) -> list[Tensor]:
+    """Q, K, V of (B, L, 3, N, K), or of (B, L, N, K) and (B, M, 2, N, K); or their gradients."""
+    return [part for x in packed for part in (x.unbind(2) if x.ndim == 5 else [x])]
+
+
+def formula(*packed: Tensor) -> Tensor:
+    q, k, v = parts(*packed)
     x = torch.einsum("blnk, bmnk -> bnlm", q, k) / q.shape[-1] ** 0.5
     return torch.einsum("bnlm, bmnk -> blnk", x.softmax(-1), v)
 
 
-def temporal_formula(q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
+def temporal_formula(qkv: Tensor, frames: int) -> Tensor:
     """Place by place."""
-    return torch.cat([torch.cat([formula(*(x[:, s:s + 1].transpose(0, 1) for x in clip)).transpose(0, 1)
-                                 for s in range(q.shape[1])], 1)
-                      for clip in zip(*(x.split(frames) for x in (q, k, v)))])
+    return torch.cat([torch.cat([formula(clip[:, s:s + 1].transpose(0, 1)).transpose(0, 1)
+                                 for s in range(qkv.shape[1])], 1) for clip in qkv.split(frames)])
 
 
 def error(got: Tensor, wanted: Tensor) -> float:
@@ -88,14 +99,14 @@ def error(got: Tensor, wanted: Tensor) -> float:
     return (difference.norm() / size).item()
 
 
-def assert_is(ours, wanted, *qkv: Tensor) -> None:
-    """ours(*qkv) and its three gradients, like those of wanted in float64."""
-    exact = [x.detach().double().cpu().requires_grad_() for x in qkv]
-    o, o_exact = ours(*qkv), wanted(*exact)
+def assert_is(ours, wanted, *packed: Tensor) -> None:
+    """ours(*packed) and each part of its gradients, like those of wanted in float64."""
+    exact = [x.detach().double().cpu().requires_grad_() for x in packed]
+    o, o_exact = ours(*packed), wanted(*exact)
     do = torch.randn(o.shape).to(o)
-    got = o, *torch.autograd.grad(o, qkv, do)
-    exact = o_exact, *torch.autograd.grad(o_exact, exact, do.double().cpu())
-    assert o.is_contiguous() and o.dtype == qkv[0].dtype
+    got = o, *parts(*torch.autograd.grad(o, packed, do))
+    exact = o_exact, *parts(*torch.autograd.grad(o_exact, exact, do.double().cpu()))
+    assert o.is_contiguous() and o.dtype == packed[0].dtype
     errors = {name: error(*pair) for name, *pair in zip(("o", "dq", "dk", "dv"), got, exact)}
     assert all(e <= LIMITS[o.dtype] for e in errors.values()), errors    # a NaN is not
 
@@ -104,28 +115,28 @@ def assert_is(ours, wanted, *qkv: Tensor) -> None:
 
 @DTYPES
 @pytest.mark.parametrize("B, L, M, N, K", STREAMING.values(), ids=STREAMING)
-def test_attention_is_its_formula(B, L, M, N, K, dtype):
-    assert_is(attention_triton.attention, formula, *inputs(B, L, M, N, K, dtype))
+def test_cross_attention_is_its_formula(B, L, M, N, K, dtype):
+    assert_is(attention_triton.cross_attention, formula, *inputs(B, L, M, N, K, dtype))
 
 
 @pytest.mark.parametrize("B, L, M, N, K", STREAMING.values(), ids=STREAMING)
 def test_tiles_for_many_queries_give_the_formula_too(monkeypatch, B, L, M, N, K):
     """What a test can wait for are few."""
     monkeypatch.setattr(attention_triton, "FEW", 0)
-    assert_is(attention_triton.attention, formula, *inputs(B, L, M, N, K, torch.bfloat16))
+    assert_is(attention_triton.cross_attention, formula, *inputs(B, L, M, N, K, torch.bfloat16))
 
 
 @DTYPES
 @pytest.mark.parametrize("B, F, S, N, K", SHORT.values(), ids=SHORT)
 def test_temporal_attention_is_the_formula_at_each_place(B, F, S, N, K, dtype):
-    assert_is(lambda *qkv: attention_triton.temporal_attention(*qkv, F), lambda *qkv: temporal_formula(*qkv, F),
-              *packed(B * F, S, 3, N, K, dtype))
+    assert_is(lambda qkv: attention_triton.temporal_attention(qkv, F), lambda qkv: temporal_formula(qkv, F),
+              packed(B * F, S, 3, N, K, dtype=dtype))
 
 
 @DTYPES
 @pytest.mark.parametrize("B, L, N, K", PICTURES.values(), ids=PICTURES)
-def test_small_pictures_attend_to_themselves(B, L, N, K, dtype):
-    assert_is(attention_triton.attention, formula, *packed(B, L, 3, N, K, dtype))
+def test_self_attention_is_its_formula(B, L, N, K, dtype):
+    assert_is(attention_triton.self_attention, formula, packed(B, L, 3, N, K, dtype=dtype))
 
 
 @DTYPES
@@ -134,63 +145,59 @@ def test_small_pictures_attend_to_themselves(B, L, N, K, dtype):
 @pytest.mark.parametrize("score", [400, -400, 0], ids=["all high", "all low", "far apart"])
 def test_scores_may_be_beyond_what_exp_can_give(score, M, dtype):
     """exp(89) is no float32, and exp(-104) is 0. The second picture's scores are usual."""
-    q, k, v = (x.detach().clone() for x in inputs(2, 40, M, 1, 40, dtype))
+    q, kv = (x.detach().clone() for x in inputs(2, 40, M, 1, 40, dtype))
     q[0, ..., 0] = 16 * 40 ** 0.5
-    k[0, ..., 0] = score / 16 if score else 10 * torch.randn(M, 1)
-    o, lse = attention_triton.attend(q, k, v)
-    q, k, v = (x.double().cpu() for x in (q, k, v))
+    kv[0, :, 0, :, 0] = score / 16 if score else 10 * torch.randn(M, 1)
+    o, lse = attention_triton.attend([q.unsqueeze(2), kv])
+    q, k, v = (x.double().cpu() for x in parts(q, kv))
     wanted = torch.logsumexp(torch.einsum("blnk, bmnk -> bnlm", q, k) / 40 ** 0.5, -1) * math.log2(math.e)
     assert error(o, formula(q, k, v)) <= max(LIMITS[dtype], 1e-4)        # float32 knows 577 to 3e-5
     assert error(lse, wanted) <= 1e-5
 
 
-def test_queries_may_lie_otherwise_than_keys_and_values():
-    assert_is(attention_triton.attention, formula, *inputs(2, 12, 12, 2, 8, torch.float32))
-
-
 def test_plain_versions_are_the_formula():
-    qkv = [x.double().detach().requires_grad_() for x in packed(2 * 3, 4, 3, 2, 8)]
-    for ours, wanted in ((attention_reference, formula),
-                         (lambda *qkv: temporal_attention_reference(*qkv, 3), lambda *qkv: temporal_formula(*qkv, 3))):
-        torch.testing.assert_close(ours(*qkv), wanted(*qkv))
+    qkv = packed(2 * 3, 4, 3, 2, 8).double()
+    torch.testing.assert_close(attention_reference(*parts(qkv)), formula(qkv))
+    torch.testing.assert_close(temporal_attention_reference(*parts(qkv), 3), temporal_formula(qkv, 3))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")                    # numpy's, of keys beyond the last: not kept
 @pytest.mark.parametrize("L, M", [(40, 40), (40, 3), (8, 8)])
 def test_scores_far_from_zero_do_not_overflow(L, M):
-    q, k, v = inputs(1, L, M, 1, 8, torch.float32)
-    q, k = ((x * 100).detach().requires_grad_() for x in (q, k))         # scores of tens of thousands
-    o = attention_triton.attention(q, k, v)
-    assert error(o, formula(*(x.detach().double().cpu() for x in (q, k, v)))) < 1e-3
-    assert all(g.isfinite().all() for g in torch.autograd.grad(o.sum(), (q, k, v)))
+    own = L == M
+    given = [packed(1, L, 3, 1, 8)] if own else inputs(1, L, M, 1, 8, torch.float32)
+    given = [(x * 100).detach().requires_grad_() for x in given]         # scores of tens of thousands
+    o = (attention_triton.self_attention if own else attention_triton.cross_attention)(*given)
+    assert error(o, formula(*(x.detach().double().cpu() for x in given))) < 1e-3
+    assert all(g.isfinite().all() for g in torch.autograd.grad(o.sum(), given))
 
 
 def test_one_row_of_tokens_serves_several_pictures():
-    q, k, v = inputs(3, 9, 20, 2, 8, torch.float32)
-    one = k[:1].detach().requires_grad_()
-    assert_is(lambda q, k, v: attention_triton.attention(q, k.expand(3, -1, -1, -1), v),
-              lambda q, k, v: formula(q, k.expand(3, -1, -1, -1), v), q, one, v)
+    q, kv = packed(3, 9, 2, 8), packed(1, 20, 2, 2, 8)
+    assert_is(lambda q, kv: attention_triton.cross_attention(q, kv.expand(3, -1, -1, -1, -1)),
+              lambda q, kv: formula(q, kv.expand(3, -1, -1, -1, -1)), q, kv)
 
 
-@pytest.mark.parametrize("L, M", [(20, 30), (20, 20)])
-def test_any_layout_is_taken(L, M):
+@pytest.mark.parametrize("L", [20, 12], ids=["long", "short"])
+def test_any_layout_is_taken(L):
     """Heads before rows, the width not last, gradients of one number for all."""
     q = torch.randn(2, 3, L, 8, device=DEVICE).transpose(1, 2).requires_grad_()
-    k = torch.randn(2, M, 8, 3, device=DEVICE).transpose(2, 3).requires_grad_()
-    v = torch.randn(2, M, 3, 8, device=DEVICE).requires_grad_()
-    assert_is(attention_triton.attention, formula, q, k, v)
-    exact = [x.detach().double().cpu().requires_grad_() for x in (q, k, v)]
-    gradients = torch.autograd.grad(attention_triton.attention(q, k, v).sum(), (q, k, v))
-    for got, wanted in zip(gradients, torch.autograd.grad(formula(*exact).sum(), exact)):
-        assert error(got, wanted) < 2e-5                                 # sums that cancel
+    kv = torch.randn(2, 30, 2, 8, 3, device=DEVICE).transpose(3, 4).requires_grad_()
+    qkv = torch.randn(2, L, 3, 8, 3, device=DEVICE).transpose(3, 4).requires_grad_()
+    for ours, given in ((attention_triton.cross_attention, (q, kv)), (attention_triton.self_attention, (qkv,))):
+        assert_is(ours, formula, *given)
+        exact = [x.detach().double().cpu().requires_grad_() for x in given]
+        gradients = parts(*torch.autograd.grad(ours(*given).sum(), given))
+        for got, wanted in zip(gradients, parts(*torch.autograd.grad(formula(*exact).sum(), exact))):
+            assert error(got, wanted) < 2e-5                             # sums that cancel
 
 
 def test_twice_is_the_same_bit_for_bit():
-    qkv = inputs(1, 300, 20, 1, 8, torch.float32)
+    q, kv = inputs(1, 300, 20, 1, 8, torch.float32)
     runs = []
     for _ in range(2):
-        o = attention_triton.attention(*qkv)
-        runs.append((o, *torch.autograd.grad(o, qkv, torch.ones_like(o))))
+        o = attention_triton.cross_attention(q, kv)
+        runs.append((o, *torch.autograd.grad(o, (q, kv), torch.ones_like(o))))
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
@@ -219,42 +226,77 @@ def test_shares_of_the_queries_cover_all_of_them_once(L, block, programs):
 
 # ---- PyTorch around them -------------------------------------------------------------------------
 
-def test_operations_keep_the_rules_of_torch_library():
-    q, k, v = inputs(1, 9, 5, 1, 8, torch.float32)
-    torch.library.opcheck(attention_triton.attend, (q, k, v))
-    o, lse = (x.detach() for x in attention_triton.attend(q, k, v))
-    torch.library.opcheck(attention_triton.attend_backward, (q.detach(), k.detach(), v.detach(), o, lse, o))
-    short = attention_triton.short
-    clip = [x[:, :, None].detach().requires_grad_() for x in packed(2, 3, 3, 1, 8)]
-    torch.library.opcheck(short.attend, clip)
-    torch.library.opcheck(short.attend_backward, (*(x.detach() for x in clip), clip[0].detach()))
+WAYS = {                               # operation, shapes of its inputs: each way to a kernel
+    "self": (kernels.self_attention, (1, 20, 3, 1, 8)),
+    "self, short": (kernels.self_attention, (1, 9, 3, 1, 8)),
+    "cross": (kernels.cross_attention, (1, 9, 1, 8), (1, 5, 2, 1, 8)),
+    "temporal": (lambda qkv: kernels.temporal_attention(qkv, 2), (4, 3, 3, 1, 8))}
 
 
-@pytest.mark.parametrize("M", [9, 5])
-def test_compiled_in_one_graph_with_its_gradients(M, monkeypatch):
+class Seen(TorchDispatchMode):
+    """The names of all operations but those that only look at memory otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names += [] if op.is_view else [op.name()]
+        return op(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("operation, shapes", [(way[0], way[1:]) for way in WAYS.values()], ids=WAYS)
+def test_gradients_are_written_where_they_stay(operation, shapes, monkeypatch):
+    """Nothing copies dQ, dK and dV into the gradient of the layer that made Q, K and V."""
     monkeypatch.setattr(backend, "MODE", "triton")
-    q, k, v = inputs(1, 9, M, 1, 8, torch.float32)
-    compiled = torch.compile(kernels.attention, backend="aot_eager", fullgraph=True)
-    gradients = [torch.autograd.grad(f(q, k, v).square().sum(), (q, k, v)) for f in (compiled, kernels.attention)]
+    made = [packed(*shape) for shape in shapes]
+    o = operation(*made)
+    do = torch.ones_like(o)
+    with Seen() as seen:
+        gradients = torch.autograd.grad(o, made, do)
+    name, = seen.names
+    assert name.startswith("nanodisco::") and name.endswith("_backward")
+    assert all(gradient.is_contiguous() for gradient in gradients)
+
+
+def test_operations_keep_the_rules_of_torch_library():
+    q, kv, qkv = (x.detach().requires_grad_() for x in (packed(1, 9, 1, 1, 8), packed(1, 5, 2, 1, 8),
+                                                        packed(1, 9, 3, 1, 8)))
+    for given in ([q, kv], [qkv]):
+        torch.library.opcheck(attention_triton.attend, (given,))
+        o, lse = (x.detach() for x in attention_triton.attend(given))
+        torch.library.opcheck(attention_triton.attend_backward, ([x.detach() for x in given], o, lse, o))
+    short = attention_triton.short
+    clip = packed(2, 3, 3, 1, 8).detach()[:, :, None].requires_grad_()
+    torch.library.opcheck(short.attend, (clip,))
+    torch.library.opcheck(short.attend_backward, (clip.detach(), torch.ones_like(clip.detach()[..., 0, :, :])))
+
+
+@pytest.mark.parametrize("operation, shapes", [(way[0], way[1:]) for way in WAYS.values()], ids=WAYS)
+def test_compiled_in_one_graph_with_its_gradients(operation, shapes, monkeypatch):
+    monkeypatch.setattr(backend, "MODE", "triton")
+    given = [packed(*shape) for shape in shapes]
+    compiled = torch.compile(operation, backend="aot_eager", fullgraph=True)
+    gradients = [torch.autograd.grad(f(*given).square().sum(), given) for f in (compiled, operation)]
     torch.testing.assert_close(*gradients)
 
 
 def test_autocast_computes_in_its_dtype(monkeypatch):
     monkeypatch.setattr(backend, "MODE", "triton")
-    q, k, v = packed(1, 20, 3, 1, 8)
+    given = qkv, q, kv = packed(1, 20, 3, 1, 8), *inputs(1, 20, 5, 1, 8, torch.float32)
     with torch.autocast(DEVICE, torch.bfloat16):
-        o, o_temporal = kernels.attention(q, k, v), kernels.temporal_attention(q, k, v, 1)
-        gradient, = torch.autograd.grad(o.sum() + o_temporal.sum(), v)
-    assert o.dtype == o_temporal.dtype == torch.bfloat16 and gradient.dtype == torch.float32
+        found = kernels.self_attention(qkv), kernels.temporal_attention(qkv, 1), kernels.cross_attention(q, kv)
+        gradients = torch.autograd.grad(sum(o.sum() for o in found), given)
+    assert {o.dtype for o in found} == {torch.bfloat16} and {x.dtype for x in gradients} == {torch.float32}
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: CUDA graphs")
 def test_captured_in_a_cuda_graph():
-    q, k, v = inputs(2, 128, 257, 2, 40, torch.bfloat16)
-    wanted = attention_triton.attention(q, k, v)                         # compiles
+    q, kv = inputs(2, 128, 257, 2, 40, torch.bfloat16)
+    wanted = attention_triton.cross_attention(q, kv)                     # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
-        o = attention_triton.attention(q, k, v)
+        o = attention_triton.cross_attention(q, kv)
     o.zero_()
     graph.replay()
     assert torch.equal(o, wanted)
@@ -264,10 +306,10 @@ def test_captured_in_a_cuda_graph():
 
 @pytest.fixture
 def versions(monkeypatch):
-    """-> a function: mode, input's dtype and width -> "kernel" or "plain", for both operations"""
-    monkeypatch.setattr(attention_triton, "attention", lambda q, k, v: "kernel")
-    monkeypatch.setattr(attention_triton, "temporal_attention", lambda q, k, v, frames: "kernel")
-    dispatch = sys.modules["kernels.attention"]                          # which kernels.attention, a function, hides
+    """-> a function: mode, input's dtype and width -> "kernel" or "plain", for all three operations"""
+    monkeypatch.setattr(attention_triton, "self_attention", lambda qkv: "kernel")
+    monkeypatch.setattr(attention_triton, "cross_attention", lambda q, kv: "kernel")
+    monkeypatch.setattr(attention_triton, "temporal_attention", lambda qkv, frames: "kernel")
     monkeypatch.setattr(dispatch, "attention_reference", lambda q, k, v: "plain")
     monkeypatch.setattr(dispatch, "temporal_attention_reference", lambda q, k, v, frames: "plain")
     monkeypatch.setattr(backend, "said", set())
@@ -275,10 +317,10 @@ def versions(monkeypatch):
 
     def run(mode: str, width: int = 8, dtype=torch.float32, device=DEVICE, rows: int = 1) -> str:
         monkeypatch.setattr(backend, "MODE", mode)
-        x = torch.empty(rows, 2, 1, width, dtype=dtype, device=device)
-        one, other = kernels.attention(x, x, x), kernels.temporal_attention(x, x, x, 1)
-        assert one == other
-        return one
+        qkv = torch.empty(rows, 2, 3, 1, width, dtype=dtype, device=device)
+        answer, = {kernels.self_attention(qkv), kernels.temporal_attention(qkv, 1),
+                   kernels.cross_attention(qkv[:, :, 0], qkv[:, :, 1:])}
+        return answer
 
     yield run
     backend._reason.cache_clear()
@@ -313,7 +355,7 @@ def test_a_demanded_kernel_that_cannot_run_is_an_error(versions, monkeypatch):
 
 def test_wide_heads_need_a_gpu_with_the_memory_for_their_tiles(versions, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(sys.modules["kernels.attention"], "shared_memory", lambda device: 101_376)      # a GeForce's
+    monkeypatch.setattr(dispatch, "shared_memory", lambda device: 101_376)      # a GeForce's
     assert versions("triton", 160) == "kernel"
     with pytest.raises(RuntimeError, match="heads of 168 needs 196,608 bytes"):
         versions("triton", 168)

@@ -15,14 +15,15 @@ from nanodisco.transformer import Context, TransformerBlock
 def test_a_unet_of_kernels_gives_the_official_numbers(monkeypatch, of, wanted):
     ran = set()
     monkeypatch.setattr(backend, "MODE", "triton")
-    for module, name in ((attention_triton, "attention"), (attention_triton, "temporal_attention"),
+    for module, name in ((attention_triton, "self_attention"), (attention_triton, "cross_attention"),
+                         (attention_triton, "temporal_attention"),
                          (group_norm_silu_triton, "group_norm_silu_triton"), (geglu_triton, "geglu_triton"),
                          (add_layer_norm_triton, "add_layer_norm_triton")):
         kernel = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *xs, kernel=kernel, name=name: ran.add(name) or kernel(*xs))
     with torch.no_grad():
         assert_all_close(of.unet(), wanted, MODULE)
-    always = {"attention", "group_norm_silu_triton", "geglu_triton", "add_layer_norm_triton"}
+    always = {"self_attention", "cross_attention", "group_norm_silu_triton", "geglu_triton", "add_layer_norm_triton"}
     assert ran == always | ({"temporal_attention"} if of is temporal else set())
 
 

@@ -7,7 +7,7 @@ from reference import SAME, normal, randomised
 from torch.nn.functional import group_norm, silu
 from torch.testing import assert_close
 
-from kernels import attention, attention_cpu, geglu, group_norm_silu, temporal_attention
+from kernels import attention_cpu, cross_attention, geglu, group_norm_silu, self_attention, temporal_attention
 from kernels.attention import attention_reference
 from nanodisco.layers import Down, GroupNormSiLU, ResBlock, Up, time_features
 from nanodisco.temporal import TemporalAttention, TemporalConv, fold, unfold
@@ -42,8 +42,8 @@ def naive_group_norm_silu(x, weight, bias, groups, eps, frames):
 
 @pytest.mark.parametrize("L, M, N, K", [(1, 1, 1, 8), (35, 35, 2, 16), (63, 257, 3, 40), (64, 2, 8, 4)])
 def test_attention_is_its_formula(L, M, N, K):
-    q, k, v = normal(2, L, N, K).float(), normal(2, M, N, K, seed=1).float(), normal(2, M, N, K, seed=2).float()
-    assert_close(attention(3 * q, k, v).double(), naive_attention(3 * q, k, v), **FLOAT32)
+    q, kv = normal(2, L, N, K).float(), normal(2, M, 2, N, K, seed=1).float()
+    assert_close(cross_attention(3 * q, kv).double(), naive_attention(3 * q, *kv.unbind(2)), **FLOAT32)
 
 
 @IN_BFLOAT16
@@ -118,21 +118,20 @@ def test_attention_in_bfloat16_is_whole_where_one_key_outshines_those_that_were_
 
 
 def test_attention_reads_packed_inputs():
-    q, k, v = normal(2, 15, 3, 4, 8).unbind(2)
-    assert not q.is_contiguous()
-    got = attention(q, k, v)
-    assert_close(got, naive_attention(q, k, v), **SAME)
+    qkv = normal(2, 15, 3, 4, 8)
+    got = self_attention(qkv)
+    assert_close(got, naive_attention(*qkv.unbind(2)), **SAME)
     assert got.is_contiguous()
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5])
 def test_temporal_attention_is_the_formula_at_each_place_of_packed_inputs(frames):
-    q, k, v = normal(2 * frames, 6, 3, 4, 8).unbind(2)                    # (B*F, S, N, K)
-    got = temporal_attention(q, k, v, frames)
+    qkv = normal(2 * frames, 6, 3, 4, 8)                                  # (B*F, S, 3, N, K)
+    got = temporal_attention(qkv, frames)
     for clip in range(2):
         for place in range(6):
             here = (slice(clip * frames, (clip + 1) * frames), place)
-            assert_close(got[here], naive_attention(*(x[here][None] for x in (q, k, v)))[0], **SAME)
+            assert_close(got[here], naive_attention(*qkv[here][None].unbind(2))[0], **SAME)
 
 
 def test_geglu_gates_the_first_half_by_the_second():

@@ -65,7 +65,7 @@ import torch, nanodisco.config
 from nanodisco import diffusion, names as n
 from nanodisco.unet import UNet
 def later():
-    from kernels.attention import attention
+    from kernels.attention import self_attention
 """
     assert imported(source) == {"config", "diffusion", "names", "unet", "kernels"}
 

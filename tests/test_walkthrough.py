@@ -13,7 +13,7 @@ from formula import build, given, model, recorded
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import attention, group_norm_silu
+from kernels import cross_attention, group_norm_silu
 from nanodisco import (dancers, diffusion, guidance, optim, pose, sampling, shapes, temporal, transformer, transforms,
                        unet, vae)
 from nanodisco.config import ModelConfig, load
@@ -295,7 +295,7 @@ def test_tokens_of_zero_are_looked_at_evenly_and_leave_only_the_bias():
     tokens = full_size().clip.tokens
     says("Transformer", f"pixels to the {tokens} tokens", f"{tokens} tokens that are all zero", f"weight 1/{tokens}")
     marks = torch.eye(tokens)[None, :, None]                             # values that show the weights
-    weights = attention(torch.randn(1, 1, 1, tokens), torch.zeros(1, tokens, 1, tokens), marks)
+    weights = cross_attention(torch.randn(1, 1, 1, tokens), torch.stack([torch.zeros_like(marks), marks], 2))
     torch.testing.assert_close(weights, torch.full_like(weights, 1 / tokens))
     cross = model("image").unet.encoder.mid.attn[0].block.cross_attn
     assert torch.equal(cross(torch.randn(1, 3, 64), torch.zeros(1, 17, 32)), cross.out.bias.expand(1, 3, 64))
@@ -408,9 +408,10 @@ def traced() -> dict[str, list]:
     def spy(module, name):
         original = getattr(module, name)
 
-        def noted(q, k, v, *rest):
-            calls.append((q.shape, k.shape, v.shape))
-            return original(q, k, v, *rest)
+        def noted(*given):
+            calls.append([part.shape for x in given if isinstance(x, torch.Tensor)
+                          for part in (x.unbind(2) if x.ndim == 5 else [x])])
+            return original(*given)
         patch.setattr(module, name, noted)
 
     inputs = {}
@@ -419,7 +420,8 @@ def traced() -> dict[str, list]:
         for start, path, i in (("x", first, 0), ("the time embedding", first, 1),
                                ("gated", f"{block}.block.ff.down", 0), ("its context", f"{block}.block.cross_attn", 1))]
     with pytest.MonkeyPatch.context() as patch, recorded(net, paths) as seen:
-        spy(transformer, "attention")
+        spy(transformer, "self_attention")
+        spy(transformer, "cross_attention")
         spy(temporal, "temporal_attention")
         gated, geglu = [], sys.modules["kernels.geglu"]
         patch.setattr(geglu, "geglu", lambda x, plain=geglu.geglu: gated.append(x.shape) or plain(x))
@@ -480,12 +482,12 @@ def traced_guidance() -> dict[str, list]:
     hooks.append(model.get_submodule(f"{block}.cross_attn").register_forward_pre_hook(lambda *call: asked.append(call)))
     looked = []
 
-    def noted(q, k, v):
+    def noted(q, kv):
         looked.extend([q.shape] if asked else [])
-        return attention(q, k, v)
+        return cross_attention(q, kv)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformer, "attention", noted)
+        patch.setattr(transformer, "cross_attention", noted)
         model(z, t, shown)
     for hook in hooks:
         hook.remove()
