@@ -10,7 +10,7 @@ the queries (dK, dV). No two programs write the same number, so results repeat b
                  share a block of keys: each writes its part, in float32, and a second pass sums the parts
 
 exp(x) is exp2(x log2(e)): the scale and log2(e) are one factor, and LSE is kept in base 2. With 257 keys
-(CLIP's) the running softmax starts from key 0, which leaves 256: four even blocks instead of five.
+(CLIP's) the running softmax starts from key 0, which leaves 256: even blocks, and none for one key.
 
 softmax(X - m) is the same for every m. The maximum keeps exp from leaving the numbers' range, and costs a third
 of the arithmetic: to find it, and to shrink what has been summed whenever it grows. bfloat16 reaches as far as
