@@ -36,10 +36,15 @@ fi
 
 [ $gpu = yes ] || run compile_kernels $check env -u TRITON_INTERPRET python tests/compile_kernels.py
 if [ $gpu = yes ]; then                      # most of the tests' time there is the compiler's
+    weights=$(mktemp -d)
+    trap 'rm -rf "$weights"' EXIT
+    timeout 150 python $bench --folder "$weights" --only-write > "$out/weights.txt" 2>&1 &      # beside the tests
+    sizes+=(--folder "$weights")
     python -c 'import xdist' 2>/dev/null && small+=(-n 14)
     run goldens $golden python -m pytest "${small[@]:1}" tests/test_golden_sampling.py -k on_a_gpu
 fi
 run tests $test python -m pytest "${small[@]}" tests/test_kernels_*.py tests/test_gpu.py tests/test_together.py
+wait
 run bench_kernels $kernels python tests/bench_kernels.py "${budget[@]}" --json "$out/bench_kernels.json"
 [ $gpu = no ] || run roofline 20 python tests/roofline.py "$out/bench_kernels.json" "$out/roofline.png"
 run bench_pipeline $pipeline python $bench "${sizes[@]}" --json "$out/bench_pipeline.json"
