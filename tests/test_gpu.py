@@ -8,8 +8,10 @@ from formula import MODULE, assert_close, given, model
 from kernels import Conv2d, UpConv2d, gpu
 from nanodisco.layers import ResBlock
 from nanodisco.loading import for_inference
+from nanodisco.memo import Memo
 
 DEVICE = "cuda" if torch.cuda.is_available() else "meta"
+AT = "cuda" if torch.cuda.is_available() else "cpu"                      # where there are numbers
 
 
 @torch.no_grad()
@@ -32,6 +34,24 @@ def test_a_convolution_of_3x3_pixels_adds_what_is_added():
     torch.testing.assert_close(net[1](x), plain(x))
     torch.testing.assert_close(net[2](x, (9, 8)), up(x, (9, 8)))
     assert [type(layer) for layer in net] == [gpu.Conv3x3, gpu.Conv3x3, gpu.UpConv3x3]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("c_in", [32, 48])
+def test_both_convolutions_of_a_resblock_and_its_residual_are_two_kernels(monkeypatch, c_in):
+    convs = pytest.importorskip("kernels.conv_triton")
+    ran, kernel = [], convs.conv3x3_triton
+    block = ResBlock(c_in, 48, 8, 1e-5, time_width=16).to(AT)
+    x, emb = torch.randn(2, c_in, 8, 8, device=AT), torch.randn(1, 16, device=AT)
+    wanted = block(x, Memo(emb))
+    block.fold_biases()
+    gpu.prepare(block)
+    monkeypatch.setattr(convs, "conv3x3_triton", lambda *given: ran.append(given) or kernel(*given))
+    monkeypatch.setattr("kernels.conv.OUTPUTS", 1)
+    monkeypatch.setattr("kernels.backend.MODE", "triton")
+    got = block.half()(x.half().contiguous(memory_format=torch.channels_last), Memo(emb.half()))
+    assert (got.float() - wanted).norm() <= 2e-3 * wanted.norm()
+    assert [more is None for *_, more in ran] == [True, False]
 
 
 def test_other_convolutions_stay():
