@@ -47,7 +47,7 @@ def _unfit(x: Tensor) -> str:
 
 
 def _want_gradients(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any([t.requires_grad for t in tensors])       # torch.compile traces no generator
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def with_stand_in(more: Tensor, unseen: Tensor, rows: int) -> Tensor:

@@ -46,8 +46,8 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None, more: Tensor | None) 
     """Whether the kernel can, and is the faster one."""
     tensors = [t for t in (x, weight, bias, more) if t is not None]
     tiles = -(-x[:, 0].numel() // 64) * -(-len(weight) // 64)
-    return (x.dtype in (torch.bfloat16, torch.float16) and all([t.dtype == x.dtype for t in tensors])
-            and not (torch.is_grad_enabled() and any([t.requires_grad for t in tensors]))
+    return (x.dtype in (torch.bfloat16, torch.float16) and all(t.dtype == x.dtype for t in tensors)
+            and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
             and x.shape[1] % CHANNELS == 0 and len(weight) >= OUTPUTS and tiles <= FEW
             and shared_memory(x.device) >= SHARED)
 
