@@ -14,7 +14,7 @@ means over a row of D numbers:
 Bytes: forward one reading of x and more and one writing of sum and normed; backward one reading of sum, dsum and
 dnormed and one writing of dx. Apart, the operations would read the sum once more, forward and backward.
 
-Where all pictures but the last are to get the same row, `more` is of the last ones alone and `unseen` is that row.
+Where all pictures but the last are to get the same row, `more` is of the last ones alone and `fill` is that row.
 """
 import torch
 from torch import Tensor
@@ -26,18 +26,18 @@ WIDEST = 8192                          # a row is held in registers
 
 
 def add_layer_norm(x: Tensor, more: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-5,
-                   unseen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                   fill: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x and more (..., D), weight and bias (D,) -> sum, normed, both (..., D). Without `more` the sum is x itself.
 
-    With `unseen` (D,), x is (B, ..., D) and `more`, of B pictures at most, belongs to the last of them: the others
-    get `unseen`.
+    With `fill` (D,), x is (B, ..., D) and `more`, of B pictures at most, belongs to the last of them: each row of the
+    others gets `fill`.
     """
     if use_triton(x, _unfit(x)):
         from kernels.add_layer_norm_triton import add_layer_norm_triton
-        if unseen is not None and _want_gradients(x, more, weight, bias, unseen):
-            more, unseen = with_stand_in(more, unseen, len(x)), None     # the kernel's gradients are of the plain form
-        return add_layer_norm_triton(x, more, weight, bias, eps, unseen)
-    return add_layer_norm_reference(x, more, weight, bias, eps, unseen)
+        if fill is not None and _want_gradients(x, more, weight, bias, fill):
+            more, fill = filled(more, fill, len(x)), None                # the kernel's gradients are of the plain form
+        return add_layer_norm_triton(x, more, weight, bias, eps, fill)
+    return add_layer_norm_reference(x, more, weight, bias, eps, fill)
 
 
 def _unfit(x: Tensor) -> str:
@@ -50,14 +50,14 @@ def _want_gradients(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def with_stand_in(more: Tensor, unseen: Tensor, rows: int) -> Tensor:
-    """`rows` pictures: `more` is the last of them, all of the others are `unseen`, in its type."""
-    return torch.cat([unseen.to(more.dtype).expand(rows - len(more), *more.shape[1:]), more])
+def filled(more: Tensor, fill: Tensor, pictures: int) -> Tensor:
+    """So many pictures, of which `more` is the last; each row of the others is `fill`, in its type."""
+    return torch.cat([fill.to(more.dtype).expand(pictures - len(more), *more.shape[1:]), more])
 
 
 def add_layer_norm_reference(x: Tensor, more: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-5,
-                             unseen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                             fill: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The same in plain PyTorch."""
-    more = more if unseen is None else with_stand_in(more, unseen, len(x))
+    more = more if fill is None else filled(more, fill, len(x))
     x = x if more is None else x + more
     return x, layer_norm(x, weight.shape, weight, bias, eps)

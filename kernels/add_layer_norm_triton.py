@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.geglu_triton import as_rows
-from kernels.group_norm_silu_triton import divided, statistics_for
+from kernels.picture_tiles_triton import divided, statistics_for
 
 WARPS = 16 * 132                       # keep an H200 busy: sixteen for each multiprocessor
 LEAST = 8                              # rows of a program that has slots to write
@@ -48,22 +48,22 @@ def _store(x, row, D, down, columns, inside, values):
 # ---- Kernels ----------------------------------------------------------------------------------------------
 
 @triton.jit
-def _add_normalise(x, more,            # (R, D) and (R - BEFORE, D), rows stride and stride_more apart
+def _add_normalise(x, more,            # (R, D) and (R - FILLED, D), rows stride and stride_more apart
                    weight, bias,       # (D,)
-                   unseen,             # (D,): what the first BEFORE rows get
+                   fill,               # (D,): what the first FILLED rows get
                    sums, normed,       # (R, D)
                    stats,              # (2, R): mean, rstd
-                   R, D, BEFORE, stride, stride_more, eps,
-                   MORE: tl.constexpr, UNSEEN: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr):
+                   R, D, FILLED, stride, stride_more, eps,
+                   MORE: tl.constexpr, FILL: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr):
     TYPE: tl.constexpr = stats.dtype.element_ty
     row, down, columns = tl.program_id(0) * ROWS, tl.arange(0, ROWS)[:, None], tl.arange(0, BD)[None, :]
     inside = (row + down < R) & (columns < D)
     h = _load(x, row, stride, down, columns, inside, TYPE)
     if MORE:
-        if UNSEEN:                                                       # a tile may have rows of both kinds
-            early = row + down < BEFORE
-            added = _load(more, row - BEFORE, stride_more, down, columns, inside & (row + down >= BEFORE), TYPE)
-            added = tl.where(early, tl.load(unseen + columns, mask=columns < D, other=0.0).to(TYPE), added)
+        if FILL:                                                         # a tile may have rows of both kinds
+            first = row + down < FILLED
+            added = _load(more, row - FILLED, stride_more, down, columns, inside & ~first, TYPE)
+            added = tl.where(first, tl.load(fill + columns, mask=columns < D, other=0.0).to(TYPE), added)
         else:
             added = _load(more, row, stride_more, down, columns, inside, TYPE)
         h = (h + added).to(sums.dtype.element_ty)
@@ -119,29 +119,29 @@ def empty_sum(x: Tensor, more: Tensor | None) -> Tensor:
 
 
 def add_layer_norm_triton(x: Tensor, more: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-5,
-                          unseen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """add_layer_norm of add_layer_norm.py; with `unseen` it has no gradients.
+                          fill: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """add_layer_norm of add_layer_norm.py; with `fill` it has no gradients.
 
     Under autocast `normed` is float32, as PyTorch's layer_norm has it there on a GPU; x and more are read as they are.
     """
-    if unseen is None:
+    if fill is None:
         assert more is None or more.shape == x.shape, f"x is {tuple(x.shape)}, what is added {tuple(more.shape)}"
     else:
         assert more.shape[1:] == x.shape[1:] and len(more) <= len(x), \
             f"x is {tuple(x.shape)}, what is added to the last of it {tuple(more.shape)}"
-        assert unseen.shape == x.shape[-1:], f"rows of {x.shape[-1]}, what is added to the others {tuple(unseen.shape)}"
-        unseen = unseen.to(more.dtype).contiguous()
+        assert fill.shape == x.shape[-1:], f"rows of {x.shape[-1]}, what is added to the others {tuple(fill.shape)}"
+        fill = fill.to(more.dtype).contiguous()
     assert weight.shape == bias.shape == x.shape[-1:], f"rows of {x.shape[-1]}, a weight {tuple(weight.shape)}"
     dtype = x.dtype if more is None else torch.promote_types(x.dtype, more.dtype)
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.float32
-    sums, normed, _ = forward(x, more, weight.contiguous(), bias.contiguous(), eps, dtype, unseen)
+    sums, normed, _ = forward(x, more, weight.contiguous(), bias.contiguous(), eps, dtype, fill)
     return x if more is None else sums, normed
 
 
 @torch.library.custom_op("nanodisco::add_layer_norm", mutates_args=())
 def forward(x: Tensor, more: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
-            unseen: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+            fill: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The sum; normed in `dtype`; mean and rstd, (2, R)."""
     sums, normed = empty_sum(x, more), x.new_empty(x.shape, dtype=dtype)
     x, more = as_rows(x), None if more is None else as_rows(more)
@@ -150,14 +150,14 @@ def forward(x: Tensor, more: Tensor | None, weight: Tensor, bias: Tensor, eps: f
     with torch.cuda.device_of(x):
         if R:
             _add_normalise[(triton.cdiv(R, ROWS),)](
-                x, more, weight, bias, unseen, sums, normed, stats, R, D, 0 if more is None else R - len(more),
+                x, more, weight, bias, fill, sums, normed, stats, R, D, 0 if more is None else R - len(more),
                 x.stride(0), 0 if more is None else more.stride(0), eps, MORE=more is not None,
-                UNSEEN=unseen is not None, ROWS=ROWS, BD=BD, **options(warps))
+                FILL=fill is not None, ROWS=ROWS, BD=BD, **options(warps))
     return sums, normed, stats
 
 
 @forward.register_fake
-def _(x, more, weight, bias, eps, dtype, unseen=None):
+def _(x, more, weight, bias, eps, dtype, fill=None):
     sums, R = empty_sum(x, more), x.numel() // x.shape[-1]
     return sums, x.new_empty(x.shape, dtype=dtype), statistics_for(sums, 2, R)
 
@@ -185,8 +185,8 @@ def _(dsums, dnormed, sums, weight, stats):
 
 
 def keep(ctx, inputs, output) -> None:
-    x, more, weight, bias, _, _, unseen = inputs
-    assert unseen is None, "gradients are of the form without `unseen`: see add_layer_norm.py"
+    x, more, weight, bias, _, _, fill = inputs
+    assert fill is None, "gradients are of the form without `fill`: see add_layer_norm.py"
     sums, _, stats = output
     ctx.more, ctx.bias = None if more is None else more.dtype, bias.dtype
     ctx.save_for_backward(x if more is None else sums, weight, stats)

@@ -33,14 +33,15 @@ ENOUGH = 528                           # programs that fill an H100 or H200: fou
 LEAST, MOST = tl.constexpr(1e-30), tl.constexpr(1e30)                    # of exponentials: where a sum is in range
 AGAIN = tl.constexpr(16)               # keys at a time then: few, or it would be these that need the most registers
 NEIGHBOURS = tl.constexpr(8)           # columns that a matrix unit's four threads share; each sums its own
-FEW = 2 * 132 * 128                    # B N L up to which the GPU is not full; other tiles are faster then
+FEW = 2 * 132 * 128                    # B N L up to which the GPU is not full; other tiles are faster then,
+LONG = 1024                            # and for heads of 65 to 80 also from so many queries on
 WIDTHS = (48, 64, 80, 96, 128, 160, 192, 256)                            # heads up to each of these share a size
 SIZES = {                              # BLOCK_L, BLOCK_M, warps, stages; 16 bits wide, float32
     "forward": {
         False: [(128, 32, 4, 3), (128, 64, 8, 3), (64, 32, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 4, 3),
                 (128, 64, 8, 2), (128, 32, 8, 2)],
         True: [(32, 32, 4, 2)] * 4 + [(16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 2), (16, 16, 4, 1)]},
-    "few": {                           # forward, see FEW
+    "few": {                           # forward, see FEW and LONG
         False: [(64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3),
                 (128, 64, 8, 2), (128, 32, 8, 2)],
         True: [(32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1),
@@ -241,7 +242,8 @@ def attend(packed: list[Tensor]) -> tuple[Tensor, Tensor]:
     q, k, v = unpacked(packed)
     (B, L, N, K), M = q.shape, k.shape[1]
     o, lse = q.new_empty(B, L, N, K), q.new_empty(B, N, L, dtype=torch.float32)
-    tile, launch = tiles("few" if B * N * L <= FEW else "forward", L, M, K, q.dtype)
+    few = B * N * L <= FEW or 64 < K <= 80 and L >= LONG
+    tile, launch = tiles("few" if few else "forward", L, M, K, q.dtype)
     with torch.cuda.device_of(q):
         forward[(-(-L // tile["BLOCK_L"]) * B * N,)](
             q, k, v, o, lse, *strides(q), *strides(k), *strides(v), L, M, K ** -0.5 * LOG2_E,

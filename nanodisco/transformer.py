@@ -52,11 +52,11 @@ class GroupNorm(nn.GroupNorm):
 class LayerNorm(nn.LayerNorm):
     """Of h and what is added to it: the sum, which goes on, and the same normed.   2 x (B, L, D) -> 2 x (B, L, D)
 
-    If `more` is of the last pictures alone, `unseen` (D,) is added to the others.
+    If `more` is of the last pictures alone, `fill` (D,) is added to the others.
     """
 
-    def forward(self, h: Tensor, more: Tensor | None = None, unseen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return add_layer_norm(h, more, self.weight, self.bias, self.eps, unseen)
+    def forward(self, h: Tensor, more: Tensor | None = None, fill: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return add_layer_norm(h, more, self.weight, self.bias, self.eps, fill)
 
 
 class SelfAttention(nn.Module):
@@ -126,8 +126,8 @@ class TransformerBlock(nn.Module):
         h, x = self.norm2(h, self.self_attn(x))
         if self.temporal is not None:
             h, x = self.norm2(h, self.temporal(x, frames))
-        seen, unseen = self._look_at_tokens(x, context)
-        h, x = self.norm3(in_rows(h, context.rows or len(h)), seen, unseen)
+        seen, fill = self._look_at_tokens(x, context)
+        h, x = self.norm3(in_rows(h, context.rows or len(h)), seen, fill)
         return h + self.ff(x)
 
     def _look_at_tokens(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:

@@ -75,8 +75,8 @@ def residual(*shape: int, dtype=BF16):
 
 
 def residual_of_half(*shape: int, dtype=BF16):
-    x, (weight, bias, unseen) = torch.empty(shape, dtype=dtype), torch.empty(3, shape[-1], dtype=dtype)
-    add_layer_norm_triton(x, x[len(x) // 2:], weight, bias, 1e-5, unseen)
+    x, (weight, bias, fill) = torch.empty(shape, dtype=dtype), torch.empty(3, shape[-1], dtype=dtype)
+    add_layer_norm_triton(x, x[len(x) // 2:], weight, bias, 1e-5, fill)
 
 
 def differentiated(function, *inputs):

@@ -9,7 +9,7 @@ from test_kernels_group_norm import error, memory_is_nan_until_written       # n
 from torch.library import opcheck
 
 from kernels import add_layer_norm, backend, geglu
-from kernels.add_layer_norm import WIDEST, add_layer_norm_reference, with_stand_in
+from kernels.add_layer_norm import WIDEST, add_layer_norm_reference, filled
 from kernels.geglu import geglu_reference
 
 pytest.importorskip("triton")
@@ -211,7 +211,7 @@ def test_nothing_is_written_outside_of_the_result():
     given, dys = of_norm((8, 63))                                        # of which there are 5 rows; others are not NaN
     around, stats, R, D = torch.empty(3, 9, 63, device=DEVICE), torch.empty(24, device=DEVICE), 5, 63
     sums, normed, dx = (each[2:7] for each in around)
-    norms._add_normalise[(2,)](*given.values(), None, sums, normed, stats, R, D, 0, D, D, 1e-5, MORE=True, UNSEEN=False,
+    norms._add_normalise[(2,)](*given.values(), None, sums, normed, stats, R, D, 0, D, D, 1e-5, MORE=True, FILL=False,
                                ROWS=4, BD=64)
     assert stats[2 * R:].isnan().all() and not stats[:2 * R].isnan().any()
     stats = torch.ones(24, device=DEVICE)
@@ -236,71 +236,71 @@ def test_what_does_not_fit_together_is_refused():
             norms.add_layer_norm_triton(*(given | wrong).values())
 
 
-STAND_INS = {"a border within the second tile": ((5, 7, 40), 2),         # shape, pictures of `more`
-             "a border between tiles": ((2, 32, 40), 1),
-             "an odd number of rows, all in one tile": ((5, 3, 63), 2),
-             "a border behind the first row": ((7, 1, 320), 6),
-             "a row to a tile": ((3, 1, 1280), 2),
-             "all have their own": ((3, 5, 40), 3),
-             "none has": ((3, 5, 40), 0)}
-stand_ins = pytest.mark.parametrize("shape, own", STAND_INS.values(), ids=STAND_INS)
+FILLS = {"a border within the second tile": ((5, 7, 40), 2),                 # shape, pictures of `more`
+         "a border between tiles": ((2, 32, 40), 1),
+         "an odd number of rows, all in one tile": ((5, 3, 63), 2),
+         "a border behind the first row": ((7, 1, 320), 6),
+         "a row to a tile": ((3, 1, 1280), 2),
+         "all have their own": ((3, 5, 40), 3),
+         "none has": ((3, 5, 40), 0)}
+fills = pytest.mark.parametrize("shape, own", FILLS.values(), ids=FILLS)
 
 
-def with_unseen(shape, own, dtype=torch.float32):
-    """Inputs of the kernel with a stand-in: x, more, weight, bias, eps, unseen; of the same without: four of them."""
+def with_fill(shape, own, dtype=torch.float32):
+    """Inputs of the kernel with a fill: x, more, weight, bias, eps, fill; of the same without: four of them."""
     given, dys = of_norm(shape, dtype)
     x, more, *vectors = given.values()
-    more, unseen = more[len(x) - own:], normal(shape[-1], dtype=dtype)
-    return (x, more, *vectors, 1e-5, unseen), (x, with_stand_in(more, unseen, len(x)), *vectors), dys
+    more, fill = more[len(x) - own:], normal(shape[-1], dtype=dtype)
+    return (x, more, *vectors, 1e-5, fill), (x, filled(more, fill, len(x)), *vectors), dys
 
 
-@stand_ins
+@fills
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_stands_in_for_rows_that_are_missing_is_added_as_if_it_were_there(shape, own, dtype):
-    apart, whole, _ = with_unseen(shape, own, dtype)
+    apart, whole, _ = with_fill(shape, own, dtype)
     for function in norms.add_layer_norm_triton, add_layer_norm_reference:
         for got, wanted in zip(function(*apart), function(*whole), strict=True):
             assert got.shape == shape and got.dtype == dtype and torch.equal(got, wanted)
 
 
-def test_rows_behind_those_with_a_stand_in_may_be_strided():
-    x, wide, (weight, bias, unseen) = normal(4, 9, 40), normal(4, 9, 80), normal(3, 80)[:, ::2]
+def test_rows_behind_those_with_a_fill_may_be_strided():
+    x, wide, (weight, bias, fill) = normal(4, 9, 40), normal(4, 9, 80), normal(3, 80)[:, ::2]
     for more in wide[1:, :, 40:], wide[1:, :, ::2], wide[::2, :, :40], wide[:3].flip(1)[..., 40:]:
-        got = norms.add_layer_norm_triton(x, more, weight, bias, 1e-5, unseen)
-        wanted = norms.add_layer_norm_triton(x, with_stand_in(more, unseen, 4), weight, bias)
+        got = norms.add_layer_norm_triton(x, more, weight, bias, 1e-5, fill)
+        wanted = norms.add_layer_norm_triton(x, filled(more, fill, 4), weight, bias)
         assert all(map(torch.equal, got, wanted))
     half = x.transpose(0, 1)                                             # read with one stride, or copied
-    for got, wanted in zip(norms.add_layer_norm_triton(half, half[4:], weight, bias, 1e-5, unseen),
-                           norms.add_layer_norm_triton(half, with_stand_in(half[4:], unseen, 9), weight, bias)):
+    for got, wanted in zip(norms.add_layer_norm_triton(half, half[4:], weight, bias, 1e-5, fill),
+                           norms.add_layer_norm_triton(half, filled(half[4:], fill, 9), weight, bias)):
         assert torch.equal(got, wanted)
 
 
-def test_a_stand_in_has_the_type_of_the_rows_that_there_are():
-    (x, more, *vectors, eps, unseen), _, _ = with_unseen((3, 5, 40), 2)
+def test_a_fill_has_the_type_of_the_rows_that_there_are():
+    (x, more, *vectors, eps, fill), _, _ = with_fill((3, 5, 40), 2)
     for dtype in torch.float16, torch.bfloat16:
-        got = norms.add_layer_norm_triton(x, more.to(dtype), *vectors, eps, unseen)
-        wanted = norms.add_layer_norm_triton(x, with_stand_in(more.to(dtype), unseen, 3), *vectors)
+        got = norms.add_layer_norm_triton(x, more.to(dtype), *vectors, eps, fill)
+        wanted = norms.add_layer_norm_triton(x, filled(more.to(dtype), fill, 3), *vectors)
         assert got[0].dtype == torch.float32 and all(map(torch.equal, got, wanted))
 
 
 @pytest.mark.parametrize("mode", ["torch", "triton"])
-@pytest.mark.parametrize("wanted_of", [None, "unseen", "bias"])
-def test_gradients_pass_a_stand_in_as_they_pass_a_concatenation(monkeypatch, mode, wanted_of):
+@pytest.mark.parametrize("wanted_of", [None, "fill", "bias"])
+def test_gradients_pass_a_fill_as_they_pass_a_concatenation(monkeypatch, mode, wanted_of):
     """Of all inputs, or of one."""
     monkeypatch.setattr(backend, "MODE", mode)
-    (x, more, weight, bias, eps, unseen), _, dys = with_unseen((3, 5, 40), 2)
+    (x, more, weight, bias, eps, fill), _, dys = with_fill((3, 5, 40), 2)
 
     def gradients(function):
-        of = {"x": x, "more": more, "weight": weight, "bias": bias, "unseen": unseen}
+        of = {"x": x, "more": more, "weight": weight, "bias": bias, "fill": fill}
         of = {name: t.clone().requires_grad_(wanted_of in (None, name)) for name, t in of.items()}
         found = function(*of.values())
         used = [(y, dy) for y, dy in zip(found, dys) if y.requires_grad]
         torch.autograd.backward([y for y, _ in used], [dy for _, dy in used])
         return {name: t.grad for name, t in of.items()}
 
-    got = gradients(lambda x, more, weight, bias, unseen: add_layer_norm(x, more, weight, bias, eps, unseen))
-    wanted = gradients(lambda x, more, weight, bias, unseen: add_layer_norm(
-        x, torch.cat([unseen.expand(1, 5, 40), more]), weight, bias))
+    got = gradients(lambda x, more, weight, bias, fill: add_layer_norm(x, more, weight, bias, eps, fill))
+    wanted = gradients(lambda x, more, weight, bias, fill: add_layer_norm(
+        x, torch.cat([fill.expand(1, 5, 40), more]), weight, bias))
     for name in wanted:
         assert got[name] is wanted[name] is None or torch.equal(got[name], wanted[name]), name
         assert (got[name] is not None) == (wanted_of in (None, name))
@@ -308,7 +308,7 @@ def test_gradients_pass_a_stand_in_as_they_pass_a_concatenation(monkeypatch, mod
 
 def test_without_gradients_nothing_is_concatenated(monkeypatch):
     monkeypatch.setattr(backend, "MODE", "triton")
-    apart, whole, _ = with_unseen((3, 5, 40), 2)
+    apart, whole, _ = with_fill((3, 5, 40), 2)
     wanted = add_layer_norm(*whole)
     monkeypatch.setattr(torch, "cat", None)
     assert all(map(torch.equal, add_layer_norm(*apart), wanted))
@@ -316,15 +316,15 @@ def test_without_gradients_nothing_is_concatenated(monkeypatch):
         assert all(map(torch.equal, add_layer_norm(*apart[:5], apart[5].clone().requires_grad_()), wanted))
 
 
-def test_the_kernel_itself_has_no_gradient_of_a_stand_in():
-    (x, *others), _, _ = with_unseen((3, 5, 40), 2)
-    with pytest.raises(AssertionError, match="without `unseen`"):
+def test_the_kernel_itself_has_no_gradient_of_a_fill():
+    (x, *others), _, _ = with_fill((3, 5, 40), 2)
+    with pytest.raises(AssertionError, match="without `fill`"):
         norms.add_layer_norm_triton(x.requires_grad_(), *others)
 
 
-def test_a_stand_in_that_does_not_fit_is_refused():
-    (x, more, *others, unseen), _, _ = with_unseen((3, 5, 40), 2)
-    for wrong in (more[:, :4], unseen), (torch.cat([x, x]), unseen), (more, unseen[:39]), (more[:, :, :39], unseen):
+def test_a_fill_that_does_not_fit_is_refused():
+    (x, more, *others, fill), _, _ = with_fill((3, 5, 40), 2)
+    for wrong in (more[:, :4], fill), (torch.cat([x, x]), fill), (more, fill[:39]), (more[:, :, :39], fill):
         with pytest.raises(AssertionError, match="what is added to"):
             norms.add_layer_norm_triton(x, wrong[0], *others, wrong[1])
 
@@ -385,21 +385,21 @@ def test_torch_compile_keeps_both_in_one_graph(monkeypatch):
 
 
 @pytest.mark.parametrize("learning", [True, False], ids=["gradients", "no gradients"])
-def test_torch_compile_keeps_a_stand_in_in_the_graph(monkeypatch, learning):
+def test_torch_compile_keeps_a_fill_in_the_graph(monkeypatch, learning):
     monkeypatch.setattr(backend, "MODE", "triton")
-    apart, whole, _ = with_unseen((3, 5, 40), 2)
+    apart, whole, _ = with_fill((3, 5, 40), 2)
     compiled = torch.compile(lambda *inputs: add_layer_norm(*inputs), backend="aot_eager", fullgraph=True)
     with torch.set_grad_enabled(learning):
         got = compiled(*apart[:5], apart[5].clone().requires_grad_())
     assert all(map(torch.equal, got, add_layer_norm(*whole))) and got[0].requires_grad == learning
 
 
-def test_under_autocast_a_stand_in_is_what_its_concatenation_is():
-    (x, more, *vectors, eps, unseen), _, _ = with_unseen((3, 5, 40), 2)
+def test_under_autocast_a_fill_is_what_its_concatenation_is():
+    (x, more, *vectors, eps, fill), _, _ = with_fill((3, 5, 40), 2)
     x, more = x.bfloat16(), more.bfloat16()
     with torch.autocast(DEVICE, torch.bfloat16):
-        got = norms.add_layer_norm_triton(x, more, *vectors, eps, unseen)
-        wanted = norms.add_layer_norm_triton(x, with_stand_in(more, unseen, 3), *vectors)
+        got = norms.add_layer_norm_triton(x, more, *vectors, eps, fill)
+        wanted = norms.add_layer_norm_triton(x, filled(more, fill, 3), *vectors)
     assert [y.dtype for y in got] == [torch.bfloat16, torch.float32] and all(map(torch.equal, got, wanted))
 
 
