@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from nanodisco import inputs, transforms, video
 from nanodisco.config import ClipConfig, to_dict
-from nanodisco.data import Validation
+from nanodisco.data import TsvDataset
 from nanodisco.disco import DisCo
 from nanodisco.distributed import device_of
 from nanodisco.errors import InputError
@@ -105,7 +105,7 @@ class Set:
     """Rows of a validation set; --ref replaces their people, --background their scenes, --poses their poses."""
 
     def __init__(self, given: Namespace, say: Say):
-        self.size, self.rows = (given.width, given.height), Validation(given.data)
+        self.size, self.rows = (given.width, given.height), TsvDataset(given.data)
         self.photo = inputs.photo(given.ref, given.ref_mask, say) if given.ref else None
         self.scene = inputs.scene(given.background, given.background_mask, say) if given.background else None
         self.poses = inputs.poses(given.poses, _canvas(given, self.size), given.align, say) if given.poses else None
@@ -151,7 +151,7 @@ def _cut(length: int, size: int) -> list[range]:
 
 def _run(model: DisCo, given: Namespace, source: Track | Set) -> int:
     video_model = model.config.unet.temporal
-    start = Start(given, model)
+    noise = Noise(given, model)
     batches = source.batches(given, video_model)
     alpha_bars = model.alpha_bars()
     calls = timesteps(given.scheduler, given.steps, len(alpha_bars), zero_snr=bool(alpha_bars[-1] == 0))
@@ -161,24 +161,24 @@ def _run(model: DisCo, given: Namespace, source: Track | Set) -> int:
         for frames in batches:
             shown = source.shown(frames, model.config.clip, together=video_model)
             if seen is None or not all(map(torch.equal, seen, (shown.reference, shown.background))):
-                guided, seen = _guided(model, given, shown, start, times), (shown.reference, shown.background)
-            for step in _steps(model, given, guided, shown, start, frames):
+                guided, seen = _guided(model, given, shown, noise, times), (shown.reference, shown.background)
+            for step in _steps(model, given, guided, shown, noise, frames):
                 bar.update()
             results.write(shown, _pictures(model, fold(step.z)[0]))
     return results.count
 
 
-def _guided(model: DisCo, given: Namespace, shown: Shown, start: "Start", times: dict[int, Row]) -> Guided:
+def _guided(model: DisCo, given: Namespace, shown: Shown, noise: "Noise", times: dict[int, Row]) -> Guided:
     """Encode reference and background, once for all batches that show the same."""
     device = model.device
     seen = model.conditions(shown.reference.to(device), shown.background.to(device, model.dtype), None,
-                            start.background_noise(len(shown.background)))
+                            noise.background_noise(len(shown.background)))
     uncond = model.unconditional_tokens(seen.tokens)
     return Guided(model, seen.tokens, seen.background, uncond, given.cfg, given.pose_scale, given.background_scale,
                   cache=not given.no_cache, times=times, compiled=given.compile)
 
 
-def _steps(model: DisCo, given: Namespace, guided: Guided, shown: Shown, start: "Start", frames: range) -> Iterator:
+def _steps(model: DisCo, given: Namespace, guided: Guided, shown: Shown, noise: "Noise", frames: range) -> Iterator:
     def pose(part: range) -> Tensor:                                     # (B, 3, H, W) in [0, 1]
         return transforms.from_frames(shown.pose[part.start:part.stop], model.device).to(model.dtype)
 
@@ -187,8 +187,8 @@ def _steps(model: DisCo, given: Namespace, guided: Guided, shown: Shown, start: 
         predict = windowed(guided, lambda part: pose(part).transpose(0, 1)[None], parts)
     else:
         predict = guided(pose(range(len(frames))) if model.pose is not None else None)
-    return sample(predict, start.latents(frames), model.alpha_bars(), given.scheduler, given.steps, given.eta,
-                  model.config.diffusion.prediction, noise=lambda i: start.step_noise(frames, i))
+    return sample(predict, noise.latents(frames), model.alpha_bars(), given.scheduler, given.steps, given.eta,
+                  model.config.diffusion.prediction, noise=lambda i: noise.step_noise(frames, i))
 
 
 def _pictures(model: DisCo, z: Tensor) -> Iterator[Tensor]:
@@ -197,7 +197,7 @@ def _pictures(model: DisCo, z: Tensor) -> Iterator[Tensor]:
         yield model.vae.to_picture(part.to(model.dtype)).float().cpu()
 
 
-class Start:
+class Noise:
     """All random numbers of a run: from the seed, or from a file."""
 
     def __init__(self, given: Namespace, model: DisCo):

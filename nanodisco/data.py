@@ -40,8 +40,8 @@ class Sample:
     mask: Image.Image
 
 
-class Validation:
-    """A set for evaluation, one Sample a row."""
+class TsvDataset:
+    """A set in the official format, one Sample a row."""
 
     def __init__(self, path: str | Path):
         path, values = Path(path), read_yaml(path)
@@ -153,7 +153,7 @@ class Rows:
     """Rows of a TSV set."""
 
     def __init__(self, config: DataConfig):
-        self.config, self.rows = config, Validation(config.path)
+        self.config, self.rows = config, TsvDataset(config.path)
 
     def __len__(self) -> int:
         return len(self.rows)

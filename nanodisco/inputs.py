@@ -96,6 +96,7 @@ def poses(path: str, canvas: tuple[int, int], align_to: str | None, say: Say) ->
     elif estimate.installed():
         frames = list(estimate.poses(video.read(place)))
     else:
+        next(video.read(place))                                          # what is no video is refused there
         raise InputError(f"{path}: the poses of a video have to be found first. Give the JSON files of OpenPose or "
                          f"DWPose, or have them found: {estimate.INSTALL}")
     return _of_keypoints(frames, canvas, align_to, path, say)

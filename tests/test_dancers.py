@@ -136,7 +136,7 @@ def test_folders_hold_what_was_drawn(tmp_path):
 
 def test_tsv_files_are_a_validation_set(tmp_path):
     prepare(tmp_path / "out", "--format", "tsv", "--split", "held-out")
-    rows = data.Validation(tmp_path / "out" / "held-out.yaml")
+    rows = data.TsvDataset(tmp_path / "out" / "held-out.yaml")
     first = dancers.HELD_OUT
     assert len(rows) == 6 and [rows.video(i) for i in (0, 1, 2)] == [range(0, 2), range(0, 2), range(2, 4)]
     shown, wanted, reference = rows[3], *(dancers.sample(first + 1, first + 1, first + 1, i, 48) for i in (1, 0))

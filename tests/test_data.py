@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from nanodisco.config import ClipConfig
-from nanodisco.data import Training, Validation
+from nanodisco.data import Training, TsvDataset
 from nanodisco.errors import InputError
 from nanodisco.recipe import DataConfig
 from nanodisco.tsv import Table
@@ -42,14 +42,14 @@ def test_line_index_says_where_the_rows_are(folder):
 
 
 def test_reference_is_the_first_frame_of_the_video(folder):
-    row = Validation(folder / "val.yaml")[1]
+    row = TsvDataset(folder / "val.yaml")[1]
     assert row.key == "key1" and row.target.getpixel((0, 0))[0] == 100 and row.reference.getpixel((0, 0))[0] == 0
 
 
 @pytest.mark.parametrize("frames, every, wanted", [(2, 2, [(0, 2)]), (1, 1, [(0, 1), (1, 2)]), (3, 3, [(0, 2)]),
                                                    (2, 1, [(0, 2)])])
 def test_clips_stay_within_their_video(folder, frames, every, wanted):
-    assert Validation(folder / "val.yaml").clips(frames, every) == [range(*rows) for rows in wanted]
+    assert TsvDataset(folder / "val.yaml").clips(frames, every) == [range(*rows) for rows in wanted]
 
 
 def test_last_clip_begins_earlier_so_that_it_is_whole(folder):
@@ -57,7 +57,7 @@ def test_last_clip_begins_earlier_so_that_it_is_whole(folder):
         (folder / f"val_{name}.tsv").write_text("".join(f"key{i}\t{jpeg(10 * i)}\n" for i in range(7)))
     (folder / "val_vid2line.tsv").write_text("".join(f"key{i}\t[{-i}, {4 - i}]\n" for i in range(5))
                                              + "key5\t[0, 1]\nkey6\t[-1, 0]\n")
-    rows = Validation(folder / "val.yaml")
+    rows = TsvDataset(folder / "val.yaml")
     assert rows.clips(2, 2) == [range(0, 2), range(2, 4), range(3, 5), range(5, 7)]
     assert rows.clips(2, 1) == [range(0, 2), range(1, 3), range(2, 4), range(3, 5), range(5, 7)]
 
@@ -73,14 +73,14 @@ def test_last_clip_begins_earlier_so_that_it_is_whole(folder):
 def test_a_set_that_does_not_fit_is_refused(folder, name, content, words):
     (folder / name).write_text(content)
     with pytest.raises(InputError, match=words):
-        Validation(folder / "val.yaml")[1]
+        TsvDataset(folder / "val.yaml")[1]
 
 
 def test_a_set_of_nothing_is_refused(folder):
     for name in ("images", "poses", "masks", "vid2line"):
         (folder / f"val_{name}.tsv").write_text("")
     with pytest.raises(InputError, match="or of none; rows: img 0, poses 0, masks 0, vid2line 0"):
-        Validation(folder / "val.yaml")
+        TsvDataset(folder / "val.yaml")
 
 
 def test_tables_of_one_name_and_different_length_are_refused(folder):
@@ -89,13 +89,13 @@ def test_tables_of_one_name_and_different_length_are_refused(folder):
     text = (folder / "val.yaml").read_text()
     (folder / "val.yaml").write_text(text.replace("val_poses.tsv", "more/val_images.tsv"))
     with pytest.raises(InputError, match="img 2, poses 1"):
-        Validation(folder / "val.yaml")
+        TsvDataset(folder / "val.yaml")
 
 
 def test_a_missing_file_is_named(folder):
     (folder / "val_masks.tsv").unlink()
     with pytest.raises(InputError, match="val_masks.tsv is not there"):
-        Validation(folder / "val.yaml")
+        TsvDataset(folder / "val.yaml")
 
 
 # ---- Composite sets ------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def composite(folder):
 
 
 def test_a_composite_set_has_the_rows_of_its_list(composite):
-    rows = Validation(composite)
+    rows = TsvDataset(composite)
     found = [rows[i] for i in range(len(rows))]
     assert [row.key for row in found] == ["b/captions.tsv_key0", "b/captions.tsv_key1", "a/captions.tsv_key1",
                                           "a/captions.tsv_key2"]
@@ -152,13 +152,13 @@ def test_a_composite_set_that_does_not_fit_is_refused(composite, name, content, 
     else:
         path.write_text(path.read_text().rpartition("caption:")[0] + content)
     with pytest.raises(InputError, match=words):
-        Validation(composite)
+        TsvDataset(composite)
 
 
 @needs_photos
 def test_the_official_composite_set_has_the_official_keys_and_references():
     folder = PHOTOS / "video_fixture"
-    rows, wanted = Validation(folder / "composite.yaml"), json.loads((folder / "expected_composite.json").read_text())
+    rows, wanted = TsvDataset(folder / "composite.yaml"), json.loads((folder / "expected_composite.json").read_text())
     assert len(rows) == wanted["len"]
     for row in wanted["rows"]:
         i = row["row"]

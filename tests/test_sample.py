@@ -305,15 +305,18 @@ def test_mask_of_another_size_is_resized_and_that_is_said(place, tmp_path, capsy
     assert "30x40" in capsys.readouterr().err
 
 
-def test_poses_that_cannot_be_used_are_refused(place, tmp_path):
+def test_poses_that_cannot_be_used_are_refused(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("nanodisco.estimate.installed", lambda: False)
     for name in ("empty", "mixed", "broken"):
         (tmp_path / name).mkdir()
     for i in (1, 2):
         Image.new("RGB", (64, 64 * i)).save(tmp_path / "mixed" / f"{i}.png")
     (tmp_path / "broken" / "0.json").write_text('[{"keypoints": [')
-    (tmp_path / "dance.mp4").write_bytes(b"not a video")
+    (tmp_path / "README.md").write_text("not a video")
+    with video.writer(tmp_path / "dance.mp4") as write:
+        write(np.zeros((64, 64, 3), np.uint8))
     for name, words in (("empty", "neither pictures nor JSON"), ("mixed", "different sizes"),
-                        ("broken", "not whole JSON"),
+                        ("broken", "not whole JSON"), ("README.md", "cannot be read as a video"),
                         ("dance.mp4", "found first"), ("none", "is not there")):
         assert words in refusal(place, tmp_path, poses=tmp_path / name)
         assert not (tmp_path / "out").exists()

@@ -49,7 +49,7 @@ def evaluate(place, validation, out, *more, weights="image"):
 
 
 def test_validation_set_takes_its_reference_from_the_first_frame_of_each_video(validation):
-    rows = data.Validation(validation)
+    rows = data.TsvDataset(validation)
     assert [rows.video(i) for i in range(3)] == [range(0, 2), range(0, 2), range(2, 3)]
 
 
@@ -98,7 +98,7 @@ def test_names_and_settings_are_those_of_the_official_listing(place, tmp_path):
 
 def test_layout_keeps_ground_truth_and_pose_as_prepared(place, validation, tmp_path):
     evaluate(place, validation, tmp_path / "out", "--layout", "disco", "-L", 1)
-    row, name = data.Validation(validation)[0], dance.official_name(KEYS[0])
+    row, name = data.TsvDataset(validation)[0], dance.official_name(KEYS[0])
     for folder, picture in (("gt", row.target), ("cond", row.pose)):
         wanted = np.asarray(transforms.fill(picture, (64, 64)))
         assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / folder / name)), wanted)
@@ -159,7 +159,7 @@ def test_pieces_of_a_batch_keep_to_their_rows(place, tmp_path, monkeypatch):
     evaluate(place, rows, tmp_path / "ours", "--batch", 5, "--format", "mp4")
     assert len(shown) == 5
     for i, (photo, pose, _) in enumerate(shown):
-        row = data.Validation(rows)[i]
+        row = data.TsvDataset(rows)[i]
         name = dance.official_name(row.key)
         wanted = {"cond": row.pose, "gt": row.target}
         for folder, picture in wanted.items():
@@ -187,7 +187,7 @@ def test_what_fails_while_decoding_leaves_whole_pictures_and_no_video(place, tmp
 def test_reference_of_a_clip_is_written_in_its_own_colours(place, tmp_path):
     videos = write_set(tmp_path, [KEYS[:2]])
     evaluate(place, videos, tmp_path / "out", "--layout", "disco", "--window", 2, weights="video")
-    row = data.Validation(videos)[0]
+    row = data.TsvDataset(videos)[0]
     person = transforms.reference(row.reference, Image.new("L", row.mask.size, 255), 56)
     assert transforms.from_clip(person[None]).sub(transforms.to_tensor(transforms.fill(
         row.reference, (56, 56), Image.Resampling.BICUBIC))).abs().mean() < 0.2      # colours of the photo

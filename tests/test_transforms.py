@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 
 from nanodisco import transforms
-from nanodisco.data import Validation
+from nanodisco.data import TsvDataset
 
 PHOTOS = Path(__file__).parents[2] / "shared" / "golden" / "data"        # pictures of people: not in this repository
 needs_photos = pytest.mark.skipif(not PHOTOS.exists(), reason="../shared/golden/data (pictures of people) is not here")
@@ -22,7 +22,7 @@ def probes(tensor, recorded):
 @needs_photos
 @pytest.mark.parametrize("i", range(4))
 def test_evaluation_tensors_are_the_official_ones(i):
-    row, recorded = Validation(PHOTOS / "samples" / "tsv" / "val.yaml")[i], json.loads(
+    row, recorded = TsvDataset(PHOTOS / "samples" / "tsv" / "val.yaml")[i], json.loads(
         (PHOTOS / "samples" / "samples.json").read_text())[f"sample{i}"]
     got = {"label_imgs": transforms.target(row.target, (256, 256)), "cond_imgs": transforms.pose(row.pose, (256, 256)),
            "reference_img": transforms.reference(row.reference, row.mask, 224),
