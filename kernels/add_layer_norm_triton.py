@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.geglu_triton import as_rows
 from kernels.picture_tiles_triton import divided, statistics_for
+from kernels.tiles_triton import options
 
 WARPS = 16 * 132                       # keep an H200 busy: sixteen for each multiprocessor
 LEAST = 8                              # rows of a program that has slots to write
@@ -27,10 +28,6 @@ def tile_of(D: int, each: int) -> tuple[int, int, int]:
     """Rows and columns of a tile, and warps: one, with up to `each` numbers to a thread, or more for a wide row."""
     columns = max(8, triton.next_power_of_2(D))
     return max(1, 32 * each // columns), columns, min(8, max(1, columns // (32 * each)))
-
-
-def options(warps: int) -> dict:
-    return {"num_warps": warps, "enable_fp_fusion": True}                # a x + b in one: the default is changing
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.tiles_triton import add, heads_adjacent, inner, load, parts, scaled, store, strides, zeros
+from kernels.tiles_triton import add, heads_adjacent, inner, load, options, parts, scaled, store, strides, zeros
 
 
 def longest(q: Tensor) -> int:
@@ -144,5 +144,4 @@ def cut(q: Tensor) -> tuple[tuple, tuple, dict]:
     wide = K > (96 if q.dtype == torch.float32 else 160)
     return ((-(-count // each) * N,), (count, S, K ** -0.5 * math.log2(math.e)),
             {"T": T, "N": N, "K": K, "MAIN": MAIN, "TAIL": TAIL, "ROWS": rows,
-             "EVEN": rows % T == 0 and count % each == 0, "num_warps": 8 if wide else 4, "num_stages": 1,
-             "enable_fp_fusion": True})
+             "EVEN": rows % T == 0 and count % each == 0, **options(warps=8 if wide else 4, stages=1)})

@@ -10,7 +10,7 @@ the queries (dK, dV). No two programs write the same number, so results repeat b
                  share a block of keys: each writes its part, in float32, and a second pass sums the parts
 
 exp(x) is exp2(x log2(e)): the scale and log2(e) are one factor, and LSE is kept in base 2. With 257 keys
-(CLIP's) the running softmax starts from key 0, which leaves 256: even blocks, and none for one key.
+(CLIP's) and heads of up to 96 the sums start from key 0, which leaves 256: even blocks, and none for one key.
 
 softmax(X - m) is the same for every m. The maximum keeps exp from leaving the numbers' range, and costs a third
 of the arithmetic: to find it, and to shrink what has been summed whenever it grows. bfloat16 reaches as far as
@@ -25,23 +25,22 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import attention_short_triton as short
-from kernels.tiles_triton import (add, heads_adjacent, inner, inner_rows, load, outer, parts, place, scaled, store,
-                                  strides, zeros)
+from kernels.tiles_triton import (add, heads_adjacent, inner, inner_rows, load, options, outer, parts, place, scaled,
+                                  store, strides, zeros)
 
 LOG2_E = math.log2(math.e)
 ENOUGH = 528                           # programs that fill an H100 or H200: four for each of 132 multiprocessors
 LEAST, MOST = tl.constexpr(1e-30), tl.constexpr(1e30)                    # of exponentials: where a sum is in range
 AGAIN = tl.constexpr(16)               # keys at a time then: few, or it would be these that need the most registers
 NEIGHBOURS = tl.constexpr(8)           # columns that a matrix unit's four threads share; each sums its own
-FEW = 2 * 132 * 128                    # B N L up to which the GPU is not full; other tiles are faster then,
-LONG = 1024                            # and for heads of 65 to 80 also from so many queries on
+FEW = 2 * 132 * 128                    # B N L up to which the GPU is not full; other tiles are faster then
 WIDTHS = (48, 64, 80, 96, 128, 160, 192, 256)                            # heads up to each of these share a size
 SIZES = {                              # BLOCK_L, BLOCK_M, warps, stages; 16 bits wide, float32
     "forward": {
         False: [(128, 32, 4, 3), (128, 64, 8, 3), (64, 32, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 4, 3),
                 (128, 64, 8, 2), (128, 32, 8, 2)],
         True: [(32, 32, 4, 2)] * 4 + [(16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 2), (16, 16, 4, 1)]},
-    "few": {                           # forward, see FEW and LONG
+    "few": {                           # forward, see FEW
         False: [(64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3),
                 (128, 64, 8, 2), (128, 32, 8, 2)],
         True: [(32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1),
@@ -217,13 +216,13 @@ def d_keys(q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, do_ptr,
 def tiles(kernel: str, L: int, M: int, K: int, dtype: torch.dtype) -> tuple[dict, dict]:
     """-> constants of the kernel, how it is launched. Large tiles that spill no registers: see the golden table."""
     width = next(i for i, most in enumerate(WIDTHS) if K <= most)
-    block_l, block_m, num_warps, num_stages = SIZES[kernel][dtype == torch.float32][width]
+    block_l, block_m, warps, stages = SIZES[kernel][dtype == torch.float32][width]
     block_m = min(block_m, max(16, triton.next_power_of_2(M)))
     first = kernel != "d_keys" and K <= 96 and M % block_m == 1          # wider, no registers are left for it
     tile = {"BLOCK_L": block_l, "BLOCK_M": block_m, "EVEN_L": L % block_l == 0, "EVEN_M": (M - first) % block_m == 0}
     if kernel != "d_keys":
         tile["FIRST"] = int(first)
-    return tile, {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    return tile, options(warps, stages)
 
 
 def shared(L: int, block_l: int, programs: int) -> tuple[int, int]:
@@ -241,9 +240,9 @@ def attend(packed: list[Tensor]) -> tuple[Tensor, Tensor]:
     """[qkv (B, L, 3, N, K)], or [q (B, L, 1, N, K), kv (B, M, 2, N, K)] -> o (B, L, N, K), LSE (B, N, L) in base 2"""
     q, k, v = unpacked(packed)
     (B, L, N, K), M = q.shape, k.shape[1]
+    assert k.shape == (B, M, N, K), f"queries {tuple(q.shape)}, keys {tuple(k.shape)}: only their number may differ"
     o, lse = q.new_empty(B, L, N, K), q.new_empty(B, N, L, dtype=torch.float32)
-    few = B * N * L <= FEW or 64 < K <= 80 and L >= LONG
-    tile, launch = tiles("few" if few else "forward", L, M, K, q.dtype)
+    tile, launch = tiles("few" if B * N * L <= FEW else "forward", L, M, K, q.dtype)
     with torch.cuda.device_of(q):
         forward[(-(-L // tile["BLOCK_L"]) * B * N,)](
             q, k, v, o, lse, *strides(q), *strides(k), *strides(v), L, M, K ** -0.5 * LOG2_E,

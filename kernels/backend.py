@@ -63,5 +63,5 @@ def _reason(device: str) -> str:
     try:
         tiles_triton.launch_one(device)
     except Exception as error:         # no compiler, no header, an old GPU: each has another type
-        return f"Triton cannot launch a kernel here ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+        return f"Triton cannot launch a kernel here ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})"
     return ""

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.tiles_triton import mm
+from kernels.tiles_triton import mm, options
 
 SUMMED = 1024                          # numbers of the result that a program of the second pass has
 MULTIPROCESSORS = 132                  # of an H100 or H200
@@ -143,10 +143,10 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, more: Tensor | None, 
     with torch.cuda.device_of(x):
         _products[(triton.cdiv(M, BM) * triton.cdiv(N, BN) * S,)](
             x, weight, *added, products, M, H, W, C, N, S, SPLIT=S > 1, EVEN=C % BK == 0, BM=BM, BN=BN, BK=BK,
-            num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+            **options(warps, stages))
         if S > 1:
             _sum[(triton.cdiv(M * N, SUMMED),)](
-                products, bias, more, y, M * N, N, S=S, BLOCK=SUMMED, num_warps=4, enable_fp_fusion=True)
+                products, bias, more, y, M * N, N, S=S, BLOCK=SUMMED, **options())
 
 
 @conv3x3_triton.register_fake

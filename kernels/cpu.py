@@ -158,7 +158,8 @@ def unavailable(dtype: torch.dtype) -> str:
         try:
             got = [PackedConv2d(conv)(x), PackedConv2d(conv)(few), PackedLinear(line)(few), PackedGEGLU(gated)(few)]
         except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
-            return f"PyTorch {torch.__version__} refuses them ({str(error).splitlines()[0]})"
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            return f"PyTorch {torch.__version__} refuses them ({reason})"
         wanted = [conv2d(each, conv.weight, conv.bias, padding=1) for each in (x, few)]
         wanted += [linear(few, line.weight, line.bias), geglu_reference(linear(few, gated.weight, gated.bias))]
     allowed = 1e-5 if dtype == torch.float32 else 2e-2

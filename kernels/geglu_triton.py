@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.tiles_triton import options
+
 TILE = 2048                            # values of a tile: two of 16 bytes to a thread, and as many gates
-FOUR_WARPS = {"num_warps": 4, "enable_fp_fusion": True}                  # a x + b in one: the default is changing
 SQRT_HALF = tl.constexpr(0.5 ** 0.5)
 BELL = tl.constexpr((2 * torch.pi) ** -0.5)                              # phi(0)
 
@@ -96,7 +97,7 @@ def forward(x: Tensor) -> Tensor:
     with torch.cuda.device_of(x):
         if y.numel():
             _geglu[(triton.cdiv(R, ROWS) * triton.cdiv(D, BD),)](
-                x, y, R, D, x.stride(0), TYPE=arithmetic(x), ROWS=ROWS, BD=BD, **FOUR_WARPS)
+                x, y, R, D, x.stride(0), TYPE=arithmetic(x), ROWS=ROWS, BD=BD, **options())
     return y
 
 
@@ -112,7 +113,7 @@ def backward(dy: Tensor, x: Tensor) -> Tensor:
     with torch.cuda.device_of(x):
         if dy.numel():
             _gradient_of_x[(triton.cdiv(R, ROWS) * triton.cdiv(D, BD),)](
-                x, dy, dx, R, D, x.stride(0), dy.stride(0), TYPE=arithmetic(x), ROWS=ROWS, BD=BD, **FOUR_WARPS)
+                x, dy, dx, R, D, x.stride(0), dy.stride(0), TYPE=arithmetic(x), ROWS=ROWS, BD=BD, **options())
     return dx
 
 

@@ -2,14 +2,16 @@
 
 Three kernels again, as forward: sums of g and g xhat over the pixels of a tile, channel by channel, each in a slot of
 its own; of a group of a clip c1 and c2; and, of a tile, dx. z is made anew from x, so forward keeps nothing of it.
+The letters are those of picture_tiles_triton.py.
 """
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.picture_tiles_triton import (FOUR_WARPS, channels_last, dense, norm_of, of_channels, sigmoid,
-                                          statistics_for, tile_at, tile_of, tile_of_group)
+from kernels.picture_tiles_triton import (channels_last, dense, of_channels, sigmoid, statistics_for, tile_at, tile_of,
+                                          tile_of_group, vectors_of)
+from kernels.tiles_triton import options
 
 
 @triton.jit
@@ -35,7 +37,7 @@ def _sums(x, dy,                       # (N, P, C), or (N, C, P) if not LAST
     pixels, channels = k * CHUNK + tl.arange(0, CHUNK), tl.program_id(0) * BC + tl.arange(0, BC)
     ours, picture = channels < C, n.to(tl.int64) * P * C
     places, inside = tile_at(pixels, channels, ours, P, C, LAST)
-    centre, rstd, w, b = norm_of(stats, weight, bias, n, N, channels, ours, C)
+    centre, rstd, w, b = vectors_of(stats, weight, bias, n, N, channels, ours, C)
     xhat, g = _gradient_of_z(x + picture, dy + picture, places, inside, centre, rstd, w, b, SILU)
     slot = slots + (n * K + k) * C + channels
     tl.store(slot, tl.sum(g, 0), mask=ours)
@@ -88,7 +90,7 @@ def _gradient_of_x(x, dy, dx,          # (N, P, C), or (N, C, P) if not LAST
     pixels, channels = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK), tl.program_id(0) * BC + tl.arange(0, BC)
     ours, picture = channels < C, n.to(tl.int64) * P * C
     places, inside = tile_at(pixels, channels, ours, P, C, LAST)
-    centre, rstd, w, b = norm_of(stats, weight, bias, n, N, channels, ours, C)
+    centre, rstd, w, b = vectors_of(stats, weight, bias, n, N, channels, ours, C)
     xhat, g = _gradient_of_z(x + picture, dy + picture, places, inside, centre, rstd, w, b, SILU)
     c1 = of_channels(folded + n * C, channels, ours, rstd.dtype)        # both times rstd
     c2 = of_channels(folded + (N + n) * C, channels, ours, rstd.dtype)
@@ -109,14 +111,14 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, stats: Tensor,
     CHUNK, BC = tile_of(N, P, C, most=64)
     K = triton.cdiv(P, CHUNK)
     LANES, ROWS = tile_of_group(C // groups, frames)
-    tiles = dict(SILU=silu, LAST=LAST, CHUNK=CHUNK, BC=BC, **FOUR_WARPS)
+    tiles = dict(SILU=silu, LAST=LAST, CHUNK=CHUNK, BC=BC, **options())
     slots, grid = statistics_for(x, 2 + shifted, N, K, C), (triton.cdiv(C, BC), K, N)
     dx, folded, dshift = torch.empty_like(x), torch.empty_like(stats), statistics_for(x, N if shifted else 0, C)
     with torch.cuda.device_of(x):
         _sums[grid](x, dy, weight, bias, stats, slots, P, C, SHIFT=shifted, **tiles)
         sums = slots.sum(2)
         _fold_sums[groups, N // frames](sums, weight, stats, folded, dshift, N, frames, P, C, CG=C // groups,
-                                        LANES=LANES, ROWS=ROWS, SHIFT=shifted, **FOUR_WARPS)
+                                        LANES=LANES, ROWS=ROWS, SHIFT=shifted, **options())
         _gradient_of_x[grid](x, dy, dx, weight, bias, stats, folded, P, C, **tiles)
     return dx, sums, dshift
 

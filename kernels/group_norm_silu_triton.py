@@ -10,7 +10,7 @@ them folds what they found, channel by channel, into groups.
 
 `centre` is mean_g - shift, so no kernel adds the shift. It and `rstd` are kept for each picture and channel. Small
 pictures are done by one kernel, a few groups to a program, which reads its pixels once. No atomics: results repeat bit
-for bit. K chunks of CHUNK pixels; CG channels of a group; the other letters are of picture_tiles_triton.py.
+for bit. The letters are those of picture_tiles_triton.py.
 """
 import math
 
@@ -20,14 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.group_norm_silu_backward_triton import backward
-from kernels.picture_tiles_triton import (FOUR_WARPS, channels_last, dense, divided, norm_of, of_channels, sigmoid,
-                                          statistics_for, tile_at, tile_of, tile_of_group)
+from kernels.picture_tiles_triton import (channels_last, dense, divided, of_channels, sigmoid, statistics_for, tile_at,
+                                          tile_of, tile_of_group, vectors_of)
+from kernels.tiles_triton import options
 
 SMALL = 2**12                          # numbers of some groups of a picture, up to which one launch beats three;
 FEW = 2**20                            # twice as many where x has no more than so many
 
 
-# ---- A picture by tiles ------------------------------------------------------------------------------------
+# ---- For both ways ----------------------------------------------------------------------------------------
 
 @triton.jit
 def _add_pairs(a, b, c, d):
@@ -59,6 +60,8 @@ def _normalised(tile, centre, rstd, weight, bias, SILU: tl.constexpr):
         z *= sigmoid(z)
     return z
 
+
+# ---- A picture by tiles ------------------------------------------------------------------------------------
 
 @triton.jit
 def _statistics(x,                     # (N, P, C), or (N, C, P) if not LAST
@@ -136,7 +139,7 @@ def _apply(x, y,                       # (N, P, C), or (N, C, P) if not LAST
     ours, picture = channels < C, n.to(tl.int64) * P * C
     places, inside = tile_at(pixels, channels, ours, P, C, LAST)
     tile = tl.load(x + picture + places, mask=inside, other=0.0)
-    centre, rstd, w, b = norm_of(stats, weight, bias, n, N, channels, ours, C)
+    centre, rstd, w, b = vectors_of(stats, weight, bias, n, N, channels, ours, C)
     z = _normalised(tile, centre, rstd, w, b, SILU)
     tl.store(y + picture + places, z.to(y.dtype.element_ty), mask=inside)
 
@@ -149,14 +152,14 @@ def launch_tiles(x, y, weight, bias, shift, stats, groups, eps, frames, silu) ->
     LANES, ROWS = tile_of_group(C // groups, frames * K)
     slots = statistics_for(x, 2, N, K, C)
     _statistics[triton.cdiv(C, BC), K, N](
-        x, slots, P, C, LAST=LAST, CHUNK=CHUNK, ROWS=min(32, CHUNK), BC=BC, **FOUR_WARPS | {"num_warps": 2})
+        x, slots, P, C, LAST=LAST, CHUNK=CHUNK, ROWS=min(32, CHUNK), BC=BC, **options(2))
     _fold[groups, N // frames](
         slots, shift, stats, N, frames, K, P, C, 1 if shift is None else N // len(shift), eps, CG=C // groups,
-        LANES=LANES, ROWS=ROWS, CHUNK=CHUNK, SHIFT=shift is not None, **FOUR_WARPS)
+        LANES=LANES, ROWS=ROWS, CHUNK=CHUNK, SHIFT=shift is not None, **options())
     CHUNK, BC = tile_of(N, P, C, most=64)
     _apply[triton.cdiv(C, BC), triton.cdiv(P, CHUNK), N](
         x, y, weight, bias, stats, P, C, SILU=silu, LAST=LAST, CHUNK=CHUNK, BC=BC,
-        **FOUR_WARPS | {"num_warps": max(1, CHUNK * BC // 1024)})
+        **options(max(1, CHUNK * BC // 1024)))
 
 
 # ---- A small picture at once -------------------------------------------------------------------------------
@@ -223,7 +226,7 @@ def launch_small(x, y, weight, bias, shift, stats, groups, eps, frames, silu) ->
     _small[triton.cdiv(C, width), N](
         x, y, weight, bias, shift, stats, P, C, 1 if shift is None else N // len(shift), eps, CG=CG, WIDTH=width,
         GROUPS=triton.next_power_of_2(width // CG), SHIFT=shift is not None, SILU=silu, LAST=channels_last(x),
-        PIXELS=PIXELS, BC=BC, **FOUR_WARPS | {"num_warps": min(16, max(1, PIXELS * BC // 2048))})
+        PIXELS=PIXELS, BC=BC, **options(min(16, max(1, PIXELS * BC // 2048))))
 
 
 # ---- Operation of PyTorch ----------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
-"""Tiles of a picture: some pixels of its (pixels, channels) matrix by some channels; and what both norms need.
+"""Tiles of a picture: some pixels of its (pixels, channels) matrix by some channels; and what all norms need.
 
-N pictures, P pixels, C channels. A program has CHUNK pixels by BC channels. LAST: channels last in memory, else NCHW.
+N pictures, P pixels, C channels. A program has CHUNK pixels, one of the K chunks of a picture, by BC channels; or, of
+the CG channels of a group, LANES of which the first CG count, ROWS of the results of such tiles at a time.
+LAST: channels last in memory, else NCHW.
 
 Arithmetic is in the type of the statistics: float32, or float64 where x is float64 (which only tests are).
 """
@@ -10,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAMS = 2 * 132                     # keep an H200 busy: two for each multiprocessor
-FOUR_WARPS = {"num_warps": 4, "enable_fp_fusion": True}                  # a x + b in one: the default is changing
 
 
 def tile_of(N: int, P: int, C: int, most: int) -> tuple[int, int]:
@@ -44,7 +45,7 @@ def of_channels(vector, channels, ours, TYPE: tl.constexpr):
 
 
 @triton.jit
-def norm_of(stats, weight, bias, n, N, channels, ours, C):
+def vectors_of(stats, weight, bias, n, N, channels, ours, C):
     """centre, rstd, weight and bias of some channels of picture n.   -> 4 x (BC,)"""
     TYPE: tl.constexpr = stats.dtype.element_ty
     centre = of_channels(stats + n * C, channels, ours, TYPE)

@@ -17,6 +17,14 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 NARROWEST = 16                         # side of the smallest matrix product
 
 
+def options(warps: int = 4, stages: int = 3) -> dict:
+    """How a kernel is compiled: a x + b in one instruction, which some versions leave to be asked for.
+
+    stages: blocks in memory at a time, of the loop over matrix products.
+    """
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
 def parts(K: int) -> tuple[int, int]:
     """Width of a head -> of its main part and its tail (0: none)."""
     padded = max(NARROWEST, triton.next_power_of_2(K))

@@ -62,7 +62,8 @@ class Captured:
         except torch.OutOfMemoryError:                                   # without a graph there is not more
             raise
         except RuntimeError as error:
-            print(f"not captured as a CUDA graph, so slower: {str(error).splitlines()[0]}", file=sys.stderr)
+            reason = next(iter(str(error).splitlines()), "no reason is given")
+            print(f"not captured as a CUDA graph, so slower: {reason}", file=sys.stderr)
             self.record = None
         else:
             self.graphs[shape] = buffers, replay, out

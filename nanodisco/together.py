@@ -37,14 +37,14 @@ def _threads_suit() -> bool:
 
 
 def _as_branches(networks: Sequence[Callable], device: torch.device) -> list:
-    first, *others = networks                                            # it stays on the stream that there is: each
+    first, *others = networks                                            # it has no stream, so no memory, of its own
     main, results = torch.cuda.current_stream(device), []
     sides = _streams(device, len(others))
     for side, network in zip(sides, others):
         side.wait_stream(main)
         with torch.cuda.stream(side):
             results.append(network())
-    results.insert(0, first())                                           # further one has memory of its own
+    results.insert(0, first())
     for side in sides:
         main.wait_stream(side)
     return results

@@ -140,7 +140,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the pixels of each picture.   (B*F, C, H, W) -> the same
+    """A transformer block over the pixels of each picture.   (B*F, C, H, W) -> (B*F or context.rows, C, H, W)
 
     official: its norm is per frame and has its own eps, 1e-6, where the ResBlocks have 1e-5.
     """
@@ -155,4 +155,4 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, context: Context, frames: int = 1) -> Tensor:
         h = self.norm(x).flatten(2).transpose(1, 2)                      # (B*F, L, C)
         h = self.proj_out(self.block(self.proj_in(h), context, frames))
-        return in_rows(x, len(h)) + h.transpose(1, 2).unflatten(2, x.shape[2:])     # (B*F, C, H, W)
+        return in_rows(x, len(h)) + h.transpose(1, 2).unflatten(2, x.shape[2:])

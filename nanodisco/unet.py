@@ -36,7 +36,7 @@ class Level(nn.Module):
         self.down, self.up = down, up
 
     def step(self, i: int, h: Tensor, emb: Memo, tokens: Context, frames: int) -> Tensor:
-        """The i-th ResBlock and its transformer.   (B*F, inputs[i], h, w) -> (B*F, width, h, w)"""
+        """The i-th ResBlock and its transformer.   (B*F, inputs[i], h, w) -> (B*F or tokens.rows, width, h, w)"""
         h = self.res[i](h, emb, frames)
         return h if self.attn is None else self.attn[i](h, tokens, frames)
 
@@ -99,7 +99,7 @@ class Encoder(nn.Module):
     def forward(self, z: Tensor, t: Tensor | Memo, tokens: Tensor | Context, frames: int = 1,
                 hint: Tensor | None = None) -> tuple[list[Tensor], Tensor, Memo]:
         """z (B*F, C, h, w), t (B,) or (1,) for all, tokens (B, M, context), hint (B*F, widths[0], h, w) added
-        after conv_in -> skips, middle (B*F, widths[-1], h', w'), what `embed` makes of t
+        after conv_in -> skips, middle (B*F or tokens.rows, widths[-1], h', w'), what `embed` makes of t
         """
         emb, tokens = Memo.of(t).then(self.embed), Context.of(tokens)
         h = self.conv_in(z)

@@ -43,7 +43,7 @@ if [ $gpu = yes ]; then                      # most of the tests' time there is 
     python -c 'import xdist' 2>/dev/null && small+=(-n 14)
     run goldens $golden python -m pytest "${small[@]:1}" tests/test_golden_sampling.py -k on_a_gpu
 fi
-run tests $test python -m pytest "${small[@]}" tests/test_kernels_*.py tests/test_gpu.py tests/test_together.py
+run tests $test python -m pytest "${small[@]}" tests/test_kernels_*.py tests/test_{gpu,graph,together}.py
 wait
 run bench_kernels $kernels python tests/bench_kernels.py "${budget[@]}" --json "$out/bench_kernels.json"
 [ $gpu = no ] || run roofline 20 python tests/roofline.py "$out/bench_kernels.json" "$out/roofline.png"

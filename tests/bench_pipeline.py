@@ -249,9 +249,9 @@ def report(dtype: str, found: dict) -> dict:
 
 def main() -> None:
     top = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    top.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    top.add_argument("--rounds", type=int, default=7, help="steps to take the median of (default 7)")
-    top.add_argument("--compiled", action="store_true", help="also against torch.compile with freezing")
+    top.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: both; a GPU has bf16 only")
+    top.add_argument("--rounds", type=int, help="steps to take the median of (default 7; on a GPU 20)")
+    top.add_argument("--compiled", action="store_true", help="also against torch.compile with freezing (a GPU: always)")
     top.add_argument("--tiny", action="store_true", help="small networks, to see that it runs")
     top.add_argument("--json", metavar="FILE", help="write the numbers there")
     top.add_argument("--work", help=argparse.SUPPRESS)
@@ -261,6 +261,8 @@ def main() -> None:
     import torch
     if torch.cuda.is_available():
         import bench_pipeline_gpu
+        if given.dtype or given.rounds or given.compiled:
+            top.error("--dtype, --rounds and --compiled are for a CPU; see tests/bench_pipeline_gpu.py --help")
         bench_pipeline_gpu.main((["--tiny"] if given.tiny else []) + (["--json", given.json] if given.json else []))
         return
     if given.work:
@@ -275,8 +277,8 @@ def main() -> None:
                "torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
     print(machine)
     result = {"machine": machine}
-    for dtype in given.dtype:
-        found = compare(dtype, given.rounds, given.compiled, given.tiny)
+    for dtype in given.dtype or DTYPES:
+        found = compare(dtype, given.rounds or 7, given.compiled, given.tiny)
         result[dtype] = {"ratios": report(dtype, found), "programs": {
             name: {key: value for key, value in row.items() if key != "out"} for name, row in found.items()}}
     if given.json:

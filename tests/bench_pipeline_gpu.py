@@ -17,6 +17,7 @@ import tempfile
 import time
 from functools import cache, lru_cache, partial
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -210,7 +211,9 @@ def main(arguments: list[str] | None = None) -> None:
     rounds, batch = (2, 2) if given.tiny else (ROUNDS, BATCH)
     from bench_kernels import machine_and_versions
     from bench_pipeline import write_weights
-    result = {"machine": machine_and_versions(), "tiny": given.tiny}
+
+    from nanodisco.files import appearing
+    result = {"machine": machine_and_versions() | {"diffusers": version("diffusers")}, "tiny": given.tiny}
     print(result["machine"])
 
     def keep(key: str, found: dict | None) -> None:                      # at once: a benchmark may run out of time
@@ -228,10 +231,10 @@ def main(arguments: list[str] | None = None) -> None:
         return False
 
     with tempfile.TemporaryDirectory() as name:
-        folder = given.folder or Path(name)
-        if not (folder / "written").exists():
-            write_weights(folder, "bf16", given.tiny)
-            (folder / "written").touch()
+        folder = (given.folder or Path(name)) / "weights"
+        if not folder.exists():
+            with appearing(folder) as place:                             # whole, or another time
+                write_weights(place, "bf16", given.tiny)
         if given.only_write:
             return
 

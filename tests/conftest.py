@@ -9,7 +9,8 @@ import yaml
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")                       # kernels run on a CPU; before Triton comes
 
-torch.set_num_threads(1)               # tiny tensors gain nothing from a second, and wait for it on a busy machine
+torch.set_num_threads(1)               # tiny tensors gain nothing from a second, and wait for it on a busy machine;
+os.environ.setdefault("OMP_NUM_THREADS", "1")                            # and so for what tests start
 
 
 @pytest.fixture

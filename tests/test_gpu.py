@@ -12,6 +12,7 @@ from nanodisco.memo import Memo
 
 DEVICE = "cuda" if torch.cuda.is_available() else "meta"
 AT = "cuda" if torch.cuda.is_available() else "cpu"                      # where there are numbers
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 @torch.no_grad()
@@ -90,14 +91,15 @@ def test_joined_time_layers_give_the_same_answer(variant):
     assert_close(net.unet(z, t, tokens), wanted, MODULE)
 
 
-@pytest.mark.parametrize("device", {DEVICE, "cpu"})
+@pytest.mark.parametrize("device", sorted({DEVICE, "cpu"}))
 def test_all_weights_lie_in_one_piece_of_memory_and_are_the_same(device):
     net = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3), torch.nn.BatchNorm2d(6),
-                              torch.nn.Linear(3, 5, dtype=torch.float16))
+                              torch.nn.Linear(3, 5, dtype=torch.float16), torch.nn.Conv1d(4, 6, 3))
     before = copy.deepcopy(net.state_dict())
     weights = gpu.move(net, device).state_dict()
     assert len({x.untyped_storage()._cdata for x in weights.values()}) == 1
-    assert weights["0.weight"].is_contiguous(memory_format=torch.channels_last)
+    for weight in weights["0.weight"], weights["3.weight"][..., None]:   # along frames it is a convolution of 3 x 1
+        assert weight.is_contiguous(memory_format=torch.channels_last)
     assert all(x.device.type == device and x.data_ptr() % 16 == 0 for x in weights.values())
     if device != "meta":
         assert all(torch.equal(weights[name].cpu(), before[name]) for name in before)

@@ -120,6 +120,13 @@ def test_cross_attention_is_its_formula(B, L, M, N, K, dtype):
     assert_is(attention_triton.cross_attention, formula, *inputs(B, L, M, N, K, dtype))
 
 
+@pytest.mark.parametrize("wrong", [(1, 5, 2, 8), (2, 5, 1, 8), (2, 5, 2, 16)], ids=["pictures", "heads", "width"])
+def test_keys_of_other_pictures_or_heads_than_the_queries_are_refused(wrong):
+    B, M, N, K = wrong
+    with pytest.raises(AssertionError, match="only their number may differ"):
+        attention_triton.cross_attention(packed(2, 3, 2, 8), packed(B, M, 2, N, K))
+
+
 @pytest.mark.parametrize("B, L, M, N, K", STREAMING.values(), ids=STREAMING)
 def test_tiles_for_many_queries_give_the_formula_too(monkeypatch, B, L, M, N, K):
     """What a test can wait for are few."""

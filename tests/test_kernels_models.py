@@ -9,6 +9,8 @@ from kernels import add_layer_norm_triton, attention_triton, backend, geglu_trit
 from nanodisco.memo import Memo
 from nanodisco.transformer import Context, TransformerBlock
 
+pytestmark = pytest.mark.usefixtures("fresh")
+
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="these networks are on the CPU, for Triton's interpreter")
 @pytest.mark.parametrize("of, wanted", [(image, image.MODULES), (temporal, temporal.TENSORS)], ids=["picture", "video"])

@@ -256,7 +256,7 @@ def with_fill(shape, own, dtype=torch.float32):
 
 @fills
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_stands_in_for_rows_that_are_missing_is_added_as_if_it_were_there(shape, own, dtype):
+def test_a_fill_is_added_as_if_more_had_those_rows(shape, own, dtype):
     apart, whole, _ = with_fill(shape, own, dtype)
     for function in norms.add_layer_norm_triton, add_layer_norm_reference:
         for got, wanted in zip(function(*apart), function(*whole), strict=True):
