@@ -224,11 +224,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     began, left_out, answers = time.monotonic(), [], {}
 
-    def in_time(key: str, program: str) -> bool:
-        if program in given.skip or time.monotonic() - began <= given.seconds:
-            return program not in given.skip
-        left_out.append(key)
-        return False
+    def in_time(key: str) -> bool:
+        if time.monotonic() - began > given.seconds:
+            left_out.append(key)
+            return False
+        return True
 
     with tempfile.TemporaryDirectory() as name:
         folder = (given.folder or Path(name)) / "weights"
@@ -239,20 +239,21 @@ def main(arguments: list[str] | None = None) -> None:
             return
 
         def steps(size: int, programs: dict) -> None:
-            for frames in given.frames:
+            programs = {name: options for name, options in programs.items() if name not in given.skip}
+            for frames in given.frames if programs else ():
                 print(f"\n{size} x {size}, {frames} frame(s), bf16, guidance 2\n{'':26} {'ms/step':>9} {'frames/s':>9} "
                       f"{'GiB':>8} difference")
                 for program, options in programs.items():
                     step = our_step if program.startswith("ours") else their_step
                     make = partial(step, folder, device, frames, size // 8, **options)
-                    if in_time(f"{size} {frames} {program}", program):
+                    if in_time(f"{size} {frames} {program}"):
                         keep(f"{size} {frames} {program}",
                              row(program, make, device, frames, rounds, answers.setdefault((size, frames), [])))
 
         def training(size: int) -> None:
             print(f"\ntraining, {size} x {size}, batch {batch}, bf16 autocast, forward and backward")
             for program, options in TRAINING.items():
-                if not in_time(f"{size} training {program}", "training"):
+                if not in_time(f"{size} training {program}"):
                     continue
                 make = partial(training_step, folder, device, size // 8, batch, **options)
                 found = row(program, make, device, batch, max(rounds // 4, 2), [])
@@ -262,7 +263,8 @@ def main(arguments: list[str] | None = None) -> None:
 
         first, *others = given.size
         steps(first, OURS | THEIRS)
-        training(first)
+        if "training" not in given.skip:
+            training(first)
         for size in others:
             steps(size, {"ours": {}} | THEIRS)
         steps(first, SWITCHES)
