@@ -311,6 +311,12 @@ def test_numbers_of_blocks_and_values_of_the_unet_are_as_written():
     says("UNet", "Eight heads at every level are {}, {} and {} wide".format(*(w // heads for w in widths[:3])))
 
 
+def test_values_of_the_encoders_and_of_the_tokens_matrix_are_as_written():
+    net = on_meta("all")
+    says("Conditions", f"section 3.1; {size(net.vae):,} values", f"arXiv:2103.00020; {size(net.clip.vision):,} values",
+         f"({size(net.clip.proj):,} values)")
+
+
 @pytest.mark.parametrize("column, kind", [(2, "pose"), (3, "background")])
 def test_the_table_of_the_two_nets_is_right(column, kind):
     cells = {start: row(start).split("|")[column].strip() for start in ("goes", "residuals", "values")}
