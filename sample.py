@@ -6,6 +6,7 @@
                      --ref me.jpg --ref-mask mask.png --background beach.jpg --poses dance.json
 """
 import argparse
+import signal
 import sys
 import time
 from datetime import datetime
@@ -26,7 +27,8 @@ FORMATS = ("mp4", "gif", "webp", "png")
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="sample.py", description="A person from a photo dances a track of poses.",
                                   epilog="docs/from-disco.md has these flags beside those of the official program.")
-    top.add_argument("--ref", metavar="IMG", help="photo of the person")
+    top.add_argument("--ref", metavar="IMG", help="photo of the person; without it and --poses the shipped "
+                     "example dances")
     top.add_argument("--ref-mask", metavar="IMG|black", help="white is the person; black: the person was cut out on "
                      "black; default: the photo's transparency, else MediaPipe's")
     top.add_argument("--background", metavar="IMG", help="default: the photo without the person")
@@ -108,8 +110,8 @@ def judge(given: argparse.Namespace) -> None:
         raise InputError(f"--fps {given.fps}; expected 0.1 to 240")
     for side, value in (("-W", given.width), ("-H", given.height)):
         if value and value % 4:
-            raise InputError(f"{side} {value}; expected a multiple of the latent factor (8 for Stable Diffusion): "
-                             f"{value // 8 * 8} or {value // 8 * 8 + 8}")
+            raise InputError(f"{side} {value}; expected a multiple of the latent factor (8 for Stable Diffusion, 4 for "
+                             f"nano), as {value // 8 * 8 + 8}")
     given.format = ",".join(dict.fromkeys(given.format.split(",")))      # each once
     if unknown := [name for name in given.format.split(",") if name not in FORMATS]:
         raise InputError(f"--format {unknown[0]!r}; expected any of {','.join(FORMATS)}")
@@ -166,4 +168,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)            # as Ctrl-C: what is half-written goes
     run(main)

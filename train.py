@@ -119,14 +119,14 @@ def main(argv: list[str] | None = None) -> None:
         loss = world.sum(loss).item()
         strict = not scaler or scaler.get_scale() <= 1                   # float16 may overflow, until the scale is low
         if not loss < float("inf") and strict:
-            raise InputError(f"the loss of step {state.step} is {loss}; the last checkpoint is kept ({folder}/last). "
-                             "Resume with another learning rate: --resume=force --train.lr=…")
+            raise InputError(f"the loss of step {state.step + 1} is {loss}; " +
+                             checkpoint.way_back(folder, "another learning rate: --train.lr=…"))
         if scaler:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, t.clip_norm or float("inf")).item()
         if not norm < float("inf") and strict:
-            raise InputError(f"the gradient of step {state.step} is not finite; the last checkpoint is kept "
-                             f"({folder}/last). Resume with --resume=force --train.clip_norm=1 or another --train.lr")
+            raise InputError(f"the gradient of step {state.step + 1} is not finite; " +
+                             checkpoint.way_back(folder, "--train.clip_norm=1 or another --train.lr"))
         if scaler:
             scaler.step(optimizer)
             scaler.update()
@@ -153,8 +153,8 @@ def main(argv: list[str] | None = None) -> None:
         if state.step % t.save_every == 0 or state.step == steps:
             if world.rank == 0:
                 if not all(p.isfinite().all() for p in parameters):
-                    raise InputError(f"weights of step {state.step} are not finite; the last checkpoint is kept "
-                                     f"({folder}/last). Resume with another learning rate: --resume=force --train.lr=…")
+                    raise InputError(f"weights of step {state.step} are not finite; " +
+                                     checkpoint.way_back(folder, "another learning rate: --train.lr=…"))
                 checkpoint.save(folder, state, model.config, about, t.keep)
             world.wait()
         began += time.perf_counter() - stopped                           # speed is that of steps alone

@@ -82,6 +82,13 @@ def _write_tensors(path: Path, state: State) -> None:
         raise OSError(28, str(error)) from None
 
 
+def way_back(run: Path, flags: str) -> str:
+    """What to do when a step has gone wrong: go on before it with these flags, or begin anew."""
+    if (run / "last").exists():
+        return f"the last checkpoint is kept ({run}/last). Resume with --resume=force {flags}"
+    return f"there is no checkpoint yet. Start again with {flags}"
+
+
 def point(run: Path, place: Path) -> None:
     """Let RUN/last be this checkpoint."""
     with replacing(run / "last") as beside:

@@ -248,6 +248,8 @@ def read_yaml(path: str | Path) -> dict:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} is not there") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder; expected a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     except yaml.YAMLError as error:

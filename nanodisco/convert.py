@@ -85,28 +85,29 @@ def inspect(path: str) -> None:
     if found.dropped:
         kinds = Counter(name.split(".")[0 if found.kind == "CompVis" else -1] for name in found.dropped)
         _line("not used", ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common(5)))
-    _line("fits", _fits(found))
-    for use, needed in USES.items():
+    fits, why = _fits(found)
+    _line("fits", why)
+    for use, needed in USES.items() if fits else ():
         lacking = [NETWORKS.get(part, ("temporal layers",))[0] for part in needed
                    if not any(part in name for name in found.tensors)]
         _line(f"for {use}", "complete" if not lacking else "lacks " + ", ".join(lacking))
 
 
-def _fits(found) -> str:
-    """Which of our models these tensors are, or why they are none."""
+def _fits(found) -> tuple[bool, str]:
+    """Whether these tensors can be (part of) one of our models; which, or why they are none."""
     import torch
 
     from nanodisco import loading
 
     if not all(any(name.startswith(part) for name in found.tensors) for part in BASE):
-        return "no model alone; name a folder of SD image variations before it"
+        return True, "no model alone; name a folder of SD image variations before it"
     there = {name: torch.empty(tensor.shape, device="meta") for name, tensor in found.tensors.items()}
     try:
         model, _, started = loading.fit([replace(found, tensors=there)], say=lambda line: None)
     except InputError as error:
-        return f"no model: {error}"
+        return False, f"no model: {error}"
     fresh = "; to be started afresh: " + ", ".join(part.split(";")[0] for part in started) if started else ""
-    return f"{WHAT[found.variant] if found.variant != 'base' else WHAT['image']}, tokens {model.config.tokens}{fresh}"
+    return True, f"{WHAT['image' if found.variant == 'base' else found.variant]}, tokens {model.config.tokens}{fresh}"
 
 
 def _line(label: str, text: str) -> None:

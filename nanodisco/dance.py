@@ -6,6 +6,7 @@ The picture model makes each frame by itself, batch after batch, so a track of a
 video model makes a clip at once, in windows that overlap; of a long one the poses are held, a byte a number.
 """
 import json
+import shutil
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -66,6 +67,8 @@ def dance(given: Namespace, say: Say) -> int:
     for side, pixels in (("-W", given.width), ("-H", given.height)):
         if pixels % factor:
             raise InputError(f"{side} {pixels}; expected a multiple of {factor}, the latent factor of these weights")
+    if (given.width, given.height) != model.config.size:
+        say("these weights were trained on pictures of {}x{}; other sizes may look worse".format(*model.config.size))
     try:
         with torch.inference_mode():
             return _run(for_inference(model, given.device, say, given.compile), given, source)
@@ -194,7 +197,10 @@ def _steps(model: DisCo, given: Namespace, guided: Guided, shown: Shown, noise: 
 def _pictures(model: DisCo, z: Tensor) -> Iterator[Tensor]:
     """Decode a few at a time.   (B, C, h, w) -> pieces of (B, 3, H, W) in [0, 1] on the CPU"""
     for part in z.split(AT_ONCE):
-        yield model.vae.to_picture(part.to(model.dtype)).float().cpu()
+        picture = model.vae.to_picture(part.to(model.dtype)).float().cpu()
+        if not picture.isfinite().all():
+            raise InputError("the picture is not made of finite numbers; --dtype fp32, or scales nearer to 1, may help")
+        yield picture
 
 
 class Noise:
@@ -293,8 +299,10 @@ class Results:
             self._official_settings()
         return self
 
-    def __exit__(self, *error) -> bool | None:
-        return self.open.__exit__(*error)
+    def __exit__(self, *error) -> None:
+        self.open.__exit__(*error)
+        if error[0] and not self.count:                                  # there is nothing to keep
+            shutil.rmtree(self.out, ignore_errors=True)
 
     def write(self, shown: Shown, pictures: Iterable[Tensor]) -> None:
         """The frames of one batch, piece after piece.   pieces of (B, 3, H, W) in [0, 1]"""

@@ -13,20 +13,29 @@ import torch
 import torch.distributed.nn            # noqa: F401  before there is a group, or its functions' defaults would hold that
 from torch import Tensor, distributed
 
+from kernels import backend
 from nanodisco.errors import InputError
 
 PATIENCE = timedelta(hours=2)          # all wait while one validates or saves
 
 
 def device_of(name: str) -> str:
-    """The device that "auto" means here, or the named one; InputError if that is not there."""
+    """The device that "auto" means here, or the named one.
+
+    InputError if that is not there, or cannot do what NANODISCO_KERNELS asks for.
+    """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name).item()
+        x = torch.zeros(1, device=name)
+        x.item()
     except (RuntimeError, AssertionError, ValueError) as error:
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         raise InputError(f"--device {name} is not there; expected one of {', '.join(there)}") from error
+    try:
+        backend.use_triton(x)
+    except RuntimeError as error:
+        raise InputError(str(error)) from None
     return name
 
 

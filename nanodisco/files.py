@@ -10,6 +10,10 @@ from pathlib import Path
 from nanodisco.errors import InputError
 
 
+UMASK = os.umask(0)
+os.umask(UMASK)
+
+
 def refuse_existing(path: str | Path) -> None:
     """InputError if something is there. To be asked before the work, not after it."""
     if Path(path).exists():
@@ -32,6 +36,7 @@ def appearing(path: str | Path) -> Iterator[Path]:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
     try:
         yield beside / path.name
+        _let_all_read(beside / path.name)
         os.rename(beside / path.name, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}; nothing was written") from None
@@ -49,11 +54,19 @@ def replacing(path: str | Path) -> Iterator[Path]:
         try:
             beside.unlink(missing_ok=True)
             yield beside
+            _let_all_read(beside)
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _let_all_read(written: Path) -> None:
+    """Whom the system lets read new files: safetensors gives its files to their owner alone."""
+    for path in (written, *written.rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~UMASK)
 
 
 def write_text(path: Path, text: str) -> None:

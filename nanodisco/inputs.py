@@ -11,6 +11,8 @@ from nanodisco import estimate, pose, transforms, video
 from nanodisco.errors import InputError
 from nanodisco.tsv import Table
 
+DARK = 32                              # grey levels that count as black
+SMALL = 128                            # pixels of a frame, below which sticks hide the person
 Say = Callable[[str], None]
 
 
@@ -73,7 +75,7 @@ class Poses:
 
 
 def poses(path: str, canvas: tuple[int, int], align_to: str | None, say: Say) -> Poses:
-    """A folder of pose pictures or of JSON files, one JSON file of a track, a TSV file, or a video.
+    """A folder of pose pictures or of JSON files, one of either, a TSV file, or a video.
 
     canvas: (width, height) that keypoints refer to where the file does not say. align_to: JSON of the
     reference's own pose, which the track is moved to.
@@ -82,10 +84,11 @@ def poses(path: str, canvas: tuple[int, int], align_to: str | None, say: Say) ->
     if not place.exists():
         raise InputError(f"{path} is not there; expected a folder of pose pictures or of JSON, a JSON or a TSV file")
     if place.suffix.lower() == ".tsv":
-        return _of_table(Table(place), align_to)
-    pictures = video.files(place) if place.is_dir() else []
+        return _of_table(Table(place), align_to, say)
+    still = place.suffix.lower() in video.PICTURES and place.suffix.lower() != ".webp"
+    pictures = video.files(place) if place.is_dir() else [place] if still else []
     if pictures:
-        return _of_pictures(pictures, align_to)
+        return _of_pictures(pictures, align_to, say)
     if place.is_dir():
         found = video.files(place, (".json",))
         if not found:
@@ -102,7 +105,7 @@ def poses(path: str, canvas: tuple[int, int], align_to: str | None, say: Say) ->
     return _of_keypoints(frames, canvas, align_to, path, say)
 
 
-def _of_pictures(files: list[Path], align_to: str | None) -> Poses:
+def _of_pictures(files: list[Path], align_to: str | None, say: Say) -> Poses:
     _refuse_alignment(align_to)
     sizes: dict = {}
     for file in files:
@@ -115,14 +118,25 @@ def _of_pictures(files: list[Path], align_to: str | None) -> Poses:
         one, other = list(sizes.items())[:2]
         raise InputError(f"{files[0].parent} holds poses of different sizes: {one[1].name} is {one[0][0]}x{one[0][1]}, "
                          f"{other[1].name} {other[0][0]}x{other[0][1]}; expected one size")
-    return Poses(len(files), lambda i: video.picture(files[i]).convert("RGB"))
+    found = Poses(len(files), lambda i: video.picture(files[i]).convert("RGB"))
+    _doubt_photos(found[0], str(files[0]), say)
+    return found
 
 
-def _of_table(table: Table, align_to: str | None) -> Poses:
+def _of_table(table: Table, align_to: str | None, say: Say) -> Poses:
     _refuse_alignment(align_to)
     if len(table) == 0:
         raise InputError(f"{table.path} has no rows; expected one pose a row")
-    return Poses(len(table), lambda i: table.picture(i, 1))
+    found = Poses(len(table), lambda i: table.picture(i, 1))
+    _doubt_photos(found[0], str(table.path), say)
+    return found
+
+
+def _doubt_photos(picture: Image.Image, path: str, say: Say) -> None:
+    """Sticks on black leave most of a picture black."""
+    black = sum(picture.convert("L").histogram()[:DARK])
+    if 2 * black < picture.width * picture.height:
+        say(f"{path} does not look like a pose picture, which is a skeleton of coloured sticks on black")
 
 
 def _of_keypoints(frames: list[pose.Frame], canvas, align_to: str | None, path: str, say: Say) -> Poses:
@@ -134,11 +148,17 @@ def _of_keypoints(frames: list[pose.Frame], canvas, align_to: str | None, path: 
             raise InputError(f"{align_to} has nobody in it; aligning needs the reference's own pose")
         frames = pose.align(frames, people[0])
     empty = sum(not frame.people for frame in frames)
+    if empty == len(frames):
+        raise InputError(f"{path}: nobody in any of its {len(frames)} frames; expected somebody who dances")
     if empty:
         say(f"{path}: nobody in {empty} of {len(frames)} frames; their pose is drawn black")
     unknown = sum(frame.size is None for frame in frames)
     if unknown:
         say(f"{path} does not say how large its frames are; taken as {canvas[0]}x{canvas[1]} (--pose-size WxH)")
+
+    small = min(min(frame.size or canvas) for frame in frames)
+    if small < SMALL:
+        say(f"{path} is of frames of {small} pixels; sticks are 8 pixels wide whatever the size, so scale it up")
 
     def make(i: int) -> Image.Image:
         return Image.fromarray(pose.draw(frames[i].people, frames[i].size or canvas))

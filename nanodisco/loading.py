@@ -91,7 +91,7 @@ def _merge(files: list[Weights], variant: str) -> tuple[Tensors, dict[str, tuple
     tensors: Tensors = {}
     for file in files:
         if ORDER.index(file.variant) > ORDER.index(variant):
-            raise InputError(f"{file.path} holds a {file.variant} model; it cannot be read as {variant}")
+            raise InputError(f"{file.path} holds the model {file.variant}; it cannot be read as {variant}")
         tensors |= file.tensors
     together = " + ".join(str(file.path) for file in files)
     absent = [part.rstrip(".") for part in ("unet.", "vae.", "clip_image_encoder.") if not _has(tensors, part)]
@@ -151,7 +151,8 @@ def _config_of(files: list[Weights], tensors: Tensors, started: dict, path, over
     try:
         config = from_dict(ModelConfig, override(values | told, list(overrides)))
     except InputError as error:
-        guess = f" (not in the files, so assumed: {', '.join(assumed)}; --config says otherwise)" if assumed else ""
+        guess = (f" (not in the files, so assumed: {', '.join(assumed)}; `python -m nanodisco.convert import … "
+                 "--config YAML` says otherwise)") if assumed else ""
         raise InputError(f"{error}{guess}") from None
     for file in files:
         sizes.check_config_json(file.config_json, config, file.path)

@@ -113,6 +113,9 @@ class Recipe:
                 f"is {list(t.betas)}; expected two numbers from 0 to below 1")
         if d.kind == "dancers":
             require(d.clips > 0, "data.clips", "is missing; expected the number of dancers' clips")
+            for name, value in (("path", d.path), ("validation", d.validation)):
+                require(not value, f"data.{name}", f"is {value}, but data.kind is dancers, which are drawn; expected "
+                        "data.kind tsv")
         else:
             require(d.path, "data.path", "is missing; expected the YAML file of a set of TSV files")
             require(d.validation or not t.validate_every, "data.validation", "is missing; expected the YAML file of a "

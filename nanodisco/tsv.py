@@ -59,7 +59,7 @@ class Table:
         try:
             return Image.open(io.BytesIO(base64.b64decode(fields[column], validate=True))).convert("RGB")
         except (ValueError, IndexError, OSError):
-            raise InputError(f"{self.path}, row {i}: no picture in it; the .lineidx may be of another file") from None
+            raise InputError(f"{self.path}, row {i}: no base64 of a picture, or the .lineidx is another's") from None
 
 
 class CompositeTable:

@@ -8,10 +8,10 @@ Operations are called as a model calls them, on memory that is never touched, an
 is compiled instead, with the tiles, the constants and the alignment it would be launched with. A process
 of its own, without TRITON_INTERPRET: interpreted kernels cannot be compiled.
 """
+import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -203,18 +203,27 @@ def written(found: dict) -> str:
     return f'{{"triton": "{triton.__version__}", "kernels": {{\n{rows}\n}}}}\n'
 
 
-def main(arguments: list[str]) -> None:
-    words = [argument for argument in arguments if not argument.startswith("--")]
-    found = table([name for name in ROWS if all(word in name for word in words)])
-    if "--json" in arguments:
+def main() -> None:
+    top = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    top.add_argument("words", nargs="*", metavar="WORD", help="only rows with all of these in their name, as d40")
+    top.add_argument("--json", action="store_true", help="as the golden file, to stdout")
+    top.add_argument("--write", action="store_true", help="into the golden file")
+    given = top.parse_args()
+    names = [name for name in ROWS if all(word in name for word in given.words)]
+    if not names:
+        top.error(f"no row has all of {given.words} in its name; without words all are shown")
+    if given.write and given.words:
+        top.error("--write is for all rows")
+    found = table(names)
+    if given.json:
         print(written(found))
         return
     for name, counted in found.items():
         print(f"{name:38}", "  ".join(f"{key} {n}" for key, n in counted.items()))
-    if "--write" in arguments:
+    if given.write:
         GOLDEN.parent.mkdir(parents=True, exist_ok=True)
         GOLDEN.write_text(written(found))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -85,6 +85,14 @@ def test_inspect_names_what_keeps_tensors_from_fitting(tmp_path, capsys):
     convert.main(["inspect", str(folder)])
     said = capsys.readouterr().out
     assert "no model: " in said and "missing (unet.conv_in.bias" in said and "unexpected (unet.conv_in.odd" in said
+    assert "complete" not in said
+
+
+def test_whoever_may_read_new_files_may_read_written_weights(tmp_path):
+    (tmp_path / "usual").touch()
+    weights.write_folder(tmp_path / "ours", model("image").state_dict(), model("image").config)
+    modes = {path.stat().st_mode for path in (tmp_path / "usual", *(tmp_path / "ours").iterdir())}
+    assert len(modes) == 1
 
 
 @pytest.mark.parametrize("write, kind", [

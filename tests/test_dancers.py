@@ -153,6 +153,11 @@ def test_written_again_the_files_are_the_same(tmp_path):
     assert names and all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
 
 
+def test_an_example_is_of_three_clips(tmp_path):
+    prepare_data.main(["dancers", "--out", str(tmp_path / "out"), "--format", "example", "--frames", "2"])
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"reference.png", "background.png", "dance.json"}
+
+
 @pytest.mark.parametrize("more, words", [(["--clips", "0"], "--clips 0"), (["--size", "7"], "--size 7"),
                                          (["--seed", "900"], "--seed 900"), (["--frames", "0"], "--frames 0")])
 def test_numbers_out_of_range_are_refused(tmp_path, more, words):

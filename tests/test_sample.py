@@ -325,24 +325,46 @@ def test_poses_that_cannot_be_used_are_refused(place, tmp_path, monkeypatch):
     assert "nobody in it" in refusal(place, tmp_path, "--align", tmp_path / "own.json", poses=tmp_path / "track.json")
 
 
+def test_a_single_pose_picture_is_a_track_of_one_frame(place, tmp_path):
+    (tmp_path / "one").mkdir()
+    shutil.copy(place / "poses" / "1.png", tmp_path / "one")
+    assert np.array_equal(run(place, tmp_path, poses=place / "poses" / "1.png", out="a"),
+                          run(place, tmp_path, poses=tmp_path / "one", out="b"))
+
+
+def test_photos_given_as_poses_are_doubted(place, tmp_path, capsys):
+    for colour, doubted in ((0, False), (200, True)):
+        Image.new("RGB", (64, 64), (colour,) * 3).save(tmp_path / f"{colour}.png")
+        run(place, tmp_path, poses=tmp_path / f"{colour}.png", out=str(colour))
+        assert ("does not look like a pose picture" in capsys.readouterr().err) == doubted
+
+
+def test_kernels_that_cannot_run_are_refused_before_anything_is_written(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("kernels.backend.MODE", "trition")
+    assert "expected one of auto, triton, torch" in refusal(place, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
 def test_nobody_in_a_pose_is_drawn_black_and_said(place, tmp_path, capsys):
     (tmp_path / "poses").mkdir()
     (tmp_path / "poses" / "0.json").write_text("[]")
+    assert "nobody in any of its 1 frames" in refusal(place, tmp_path, poses=tmp_path / "poses")
+    (tmp_path / "poses" / "1.json").write_text(json.dumps([{"keypoints": [[9, 9, 1]] * 17}]))
     run(place, tmp_path, poses=tmp_path / "poses")
-    assert "nobody in 1 of 1 frames" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "nobody in 1 of 2 frames" in said and "scale it up" in said
     shown = next(video.read(tmp_path / "out" / "video.mp4"))
     assert shown[:, 4 * 70:4 * 122].max() < 20
 
 
 @pytest.mark.parametrize("more, words", [
-    (["-W", 250], "248 or 256"), (["-W", 68], "multiple of 8"), (["--steps", 0], "1 to 1000"),
+    (["-W", 250], "as 256"), (["-W", 68], "multiple of 8"), (["--steps", 0], "1 to 1000"),
     (["--steps", 2000], "1 to 1000"), (["--batch", 0], "--batch"), (["--cfg", "nan"], "--cfg"), (["-L", 0], "--length"),
     (["--compile", "--no-cache"], "do not go together"),
     (["--device", "cuda:9"], "cuda:9 is not there"), (["--device", "tpu"], "tpu is not there"),
     (["--device", "meta"], "meta is not there"), (["--format", "mp4,gif", "--fps", 120], "can have 100"),
     (["--format", "avi"], "avi"), (["--pose-size", "10"], "WxH"), (["--pose-size", "²x5"], "WxH"),
-    (["--overlap", 16], "--overlap"),
-    (["--fps", 0], "--fps"),
+    (["--overlap", 16], "--overlap"), (["--fps", 0], "--fps"), (["--pose-scale", 1e38], "finite numbers"),
     (["--latents", __file__], "not a safetensors file"), (["--out", __file__], "already there"),
     (["--out", __file__ + "/x"], "cannot write"),
     (["--out", "/proc/nanodisco"], "cannot write")], ids=str)
@@ -401,9 +423,10 @@ def test_full_disk_ends_the_run_in_one_line_with_whole_files(place, tmp_path):
 def test_ten_thousand_poses_are_read_one_batch_at_a_time(place, tmp_path):
     from nanodisco import inputs
     frames = [{"people": [], "canvas_width": 64, "canvas_height": 64}] * 10_000
+    frames.append(frames[0] | {"people": [{"pose_keypoints_2d": [9, 9, 1] * 18}]})
     (tmp_path / "dance.json").write_text(json.dumps(frames))
     track = inputs.poses(str(tmp_path / "dance.json"), (64, 64), None, lambda text: None)
-    assert len(track) == 10_000 and track[9_999].size == (64, 64)
+    assert len(track) == 10_001 and track[9_999].size == (64, 64)
     assert len(run(place, tmp_path, "-L", 2, poses=tmp_path / "dance.json")) == 2
 
 

@@ -433,7 +433,7 @@ def test_a_config_json_that_contradicts_the_tensors_is_refused(tmp_path):
 @pytest.mark.parametrize("held, wanted", [("image", "stage1"), ("temporal", "image")])
 def test_a_file_that_holds_more_than_the_wanted_model_is_refused(sd, tmp_path, held, wanted):
     message = error_of(sd, write_checkpoint(tmp_path / "x.pt", held), variant=wanted)
-    assert f"holds a {held} model; it cannot be read as {wanted}" in message
+    assert f"holds the model {held}; it cannot be read as {wanted}" in message
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
