@@ -87,10 +87,11 @@ def inspect(path: str) -> None:
         _line("not used", ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common(5)))
     fits, why = _fits(found)
     _line("fits", why)
-    for use, needed in USES.items() if fits else ():
+    for use, needed in USES.items():
         lacking = [NETWORKS.get(part, ("temporal layers",))[0] for part in needed
                    if not any(part in name for name in found.tensors)]
-        _line(f"for {use}", "complete" if not lacking else "lacks " + ", ".join(lacking))
+        if lacking or fits:
+            _line(f"for {use}", "lacks " + ", ".join(lacking) if lacking else "complete")
 
 
 def _fits(found) -> tuple[bool, str]:

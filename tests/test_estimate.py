@@ -101,5 +101,6 @@ def test_without_the_estimator_the_three_ways_are_named(monkeypatch, tmp_path):
     Image.new("RGB", (20, 30)).save(tmp_path / "me.png")
     with pytest.raises(InputError, match="(?s)--ref-mask.*transparency.*pip install.*mediapipe"):
         inputs.photo(str(tmp_path / "me.png"), None, print)
+    Image.new("RGB", (20, 30)).save(tmp_path / "dance.gif")
     with pytest.raises(InputError, match="OpenPose.*pip install"):
-        inputs.poses(str(tmp_path / "me.png"), (20, 30), None, print)
+        inputs.poses(str(tmp_path / "dance.gif"), (20, 30), None, print)

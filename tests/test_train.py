@@ -385,7 +385,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_checkpoint
         calls.append(1)
         return torch.tensor(float("nan"), requires_grad=True) if len(calls) == 5 else ORIGINAL(self, *_)
     monkeypatch.setattr(start.Loss, "forward", loss)
-    with pytest.raises(InputError, match="loss of step 4 is nan"):
+    with pytest.raises(InputError, match="loss of step 5 is nan; the last checkpoint is kept"):
         trained(place, "a")
     assert [path.name for path in checkpoint.found(place / "a")] == ["step-0000002", "step-0000004"]
     assert checkpoint.newest(place / "a", print)[1]["step"] == 4
