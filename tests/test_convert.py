@@ -168,7 +168,7 @@ def test_a_truncated_safetensors_file(refused, tmp_path):
 
 def test_a_checkpoint_of_the_wrong_variant(refused, tmp_path, sd):
     path = write_checkpoint(tmp_path / "x.pt", "temporal")
-    assert "holds a temporal model" in refused("import", sd, path, "--as", "image", "--out", tmp_path / "ours")
+    assert "holds the model temporal" in refused("import", sd, path, "--as", "image", "--out", tmp_path / "ours")
 
 
 def test_a_base_folder_without_weights(refused, tmp_path):
