@@ -18,7 +18,8 @@ def parser() -> argparse.ArgumentParser:
     kinds = top.add_subparsers(dest="kind", required=True)
     dancers = kinds.add_parser("dancers", help="synthetic dancers, drawn: no download, everything known")
     dancers.add_argument("--out", required=True, metavar="DIR", help="a new folder")
-    dancers.add_argument("--clips", type=int, help="each another person, room and dance (default 100)")
+    dancers.add_argument("--clips", type=int, help="each another person, room and dance (default 100; 3 with "
+                         "--format example)")
     dancers.add_argument("--frames", type=int, default=8, help="of each clip (default 8)")
     dancers.add_argument("--size", type=int, default=64, help="pixels, square (default 64)")
     dancers.add_argument("--seed", type=int, default=0, help="other seeds give other clips (default 0)")

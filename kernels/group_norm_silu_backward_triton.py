@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.picture_tiles_triton import (channels_last, dense, of_channels, sigmoid, statistics_for, tile_at, tile_of,
-                                          tile_of_group, vectors_of)
+from kernels.picture_tiles_triton import (channels_last, dense, of_channels, sigmoid, statistics_for, tile_of,
+                                          tile_of_group, tile_of_program, vectors_of)
 from kernels.tiles_triton import options
 
 
@@ -34,9 +34,7 @@ def _sums(x, dy,                       # (N, P, C), or (N, C, P) if not LAST
           slots,                       # (2 or 3, N, K, C): sums of g, g xhat and, for the gradient of the shift, xhat
           P, C, SHIFT: tl.constexpr, SILU: tl.constexpr, LAST: tl.constexpr, CHUNK: tl.constexpr, BC: tl.constexpr):
     k, n, K, N = tl.program_id(1), tl.program_id(2), tl.num_programs(1), tl.num_programs(2)
-    pixels, channels = k * CHUNK + tl.arange(0, CHUNK), tl.program_id(0) * BC + tl.arange(0, BC)
-    ours, picture = channels < C, n.to(tl.int64) * P * C
-    places, inside = tile_at(pixels, channels, ours, P, C, LAST)
+    channels, ours, picture, places, inside = tile_of_program(n, P, C, LAST, CHUNK, BC)
     centre, rstd, w, b = vectors_of(stats, weight, bias, n, N, channels, ours, C)
     xhat, g = _gradient_of_z(x + picture, dy + picture, places, inside, centre, rstd, w, b, SILU)
     slot = slots + (n * K + k) * C + channels
@@ -87,9 +85,7 @@ def _gradient_of_x(x, dy, dx,          # (N, P, C), or (N, C, P) if not LAST
                    P, C, SILU: tl.constexpr, LAST: tl.constexpr, CHUNK: tl.constexpr, BC: tl.constexpr):
     N = tl.num_programs(2)
     n = N - 1 - tl.program_id(2)                                         # those read last are still in the L2 cache
-    pixels, channels = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK), tl.program_id(0) * BC + tl.arange(0, BC)
-    ours, picture = channels < C, n.to(tl.int64) * P * C
-    places, inside = tile_at(pixels, channels, ours, P, C, LAST)
+    channels, ours, picture, places, inside = tile_of_program(n, P, C, LAST, CHUNK, BC)
     centre, rstd, w, b = vectors_of(stats, weight, bias, n, N, channels, ours, C)
     xhat, g = _gradient_of_z(x + picture, dy + picture, places, inside, centre, rstd, w, b, SILU)
     c1 = of_channels(folded + n * C, channels, ours, rstd.dtype)        # both times rstd

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kernels.group_norm_silu_backward_triton import backward
 from kernels.picture_tiles_triton import (channels_last, dense, divided, of_channels, sigmoid, statistics_for, tile_at,
-                                          tile_of, tile_of_group, vectors_of)
+                                          tile_of, tile_of_group, tile_of_program, vectors_of)
 from kernels.tiles_triton import options
 
 SMALL = 2**12                          # numbers of some groups of a picture, up to which one launch beats three;
@@ -135,9 +135,7 @@ def _apply(x, y,                       # (N, P, C), or (N, C, P) if not LAST
            P, C, SILU: tl.constexpr, LAST: tl.constexpr, CHUNK: tl.constexpr, BC: tl.constexpr):
     N = tl.num_programs(2)
     n = N - 1 - tl.program_id(2)                                         # those read last are still in the L2 cache
-    pixels, channels = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK), tl.program_id(0) * BC + tl.arange(0, BC)
-    ours, picture = channels < C, n.to(tl.int64) * P * C
-    places, inside = tile_at(pixels, channels, ours, P, C, LAST)
+    channels, ours, picture, places, inside = tile_of_program(n, P, C, LAST, CHUNK, BC)
     tile = tl.load(x + picture + places, mask=inside, other=0.0)
     centre, rstd, w, b = vectors_of(stats, weight, bias, n, N, channels, ours, C)
     z = _normalised(tile, centre, rstd, w, b, SILU)

@@ -40,6 +40,15 @@ def tile_at(pixels, channels, ours, P, C, LAST: tl.constexpr):
 
 
 @triton.jit
+def tile_of_program(n, P, C, LAST: tl.constexpr, CHUNK: tl.constexpr, BC: tl.constexpr):
+    """This program's channels and which of them there are, where picture n begins, and the tile as of tile_at."""
+    pixels, channels = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK), tl.program_id(0) * BC + tl.arange(0, BC)
+    ours = channels < C
+    places, inside = tile_at(pixels, channels, ours, P, C, LAST)
+    return channels, ours, n.to(tl.int64) * P * C, places, inside
+
+
+@triton.jit
 def of_channels(vector, channels, ours, TYPE: tl.constexpr):
     return tl.load(vector + channels, mask=ours, other=0.0).to(TYPE)
 

@@ -82,11 +82,11 @@ def _write_tensors(path: Path, state: State) -> None:
         raise OSError(28, str(error)) from None
 
 
-def way_back(run: Path, flags: str) -> str:
-    """What to do when a step has gone wrong: go on before it with these flags, or begin anew."""
+def way_back(run: Path, changed: str) -> str:
+    """What to do when a step has gone wrong: go on before it with something changed, or begin anew."""
     if (run / "last").exists():
-        return f"the last checkpoint is kept ({run}/last). Resume with --resume=force {flags}"
-    return f"there is no checkpoint yet. Start again with {flags}"
+        return f"the last checkpoint is kept ({run}/last). Resume with --resume=force and {changed}"
+    return f"there is no checkpoint yet. Start again with {changed}"
 
 
 def point(run: Path, place: Path) -> None:

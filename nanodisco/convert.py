@@ -95,7 +95,7 @@ def inspect(path: str) -> None:
 
 
 def _fits(found) -> tuple[bool, str]:
-    """Whether these tensors can be (part of) one of our models; which, or why they are none."""
+    """Whether nothing keeps these tensors from one of our models; and which that is, or what does."""
     import torch
 
     from nanodisco import loading

@@ -10,7 +10,7 @@ from pathlib import Path
 from nanodisco.errors import InputError
 
 
-UMASK = os.umask(0)
+UMASK = os.umask(0)                    # it can only be asked by setting it
 os.umask(UMASK)
 
 
@@ -64,8 +64,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 def _let_all_read(written: Path) -> None:
     """Whom the system lets read new files: safetensors gives its files to their owner alone."""
-    for path in (written, *written.rglob("*")):
-        if path.is_file() and not path.is_symlink():
+    if written.is_symlink():                                             # to what has been written before
+        return
+    for path in written.rglob("*") if written.is_dir() else [written]:
+        if path.is_file():
             path.chmod(0o666 & ~UMASK)
 
 

@@ -85,7 +85,7 @@ def poses(path: str, canvas: tuple[int, int], align_to: str | None, say: Say) ->
         raise InputError(f"{path} is not there; expected a folder of pose pictures or of JSON, a JSON or a TSV file")
     if place.suffix.lower() == ".tsv":
         return _of_table(Table(place), align_to, say)
-    still = place.suffix.lower() in video.PICTURES and place.suffix.lower() != ".webp"
+    still = place.suffix.lower() in video.PICTURES and place.suffix.lower() != ".webp"   # which may be a video
     pictures = video.files(place) if place.is_dir() else [place] if still else []
     if pictures:
         return _of_pictures(pictures, align_to, say)

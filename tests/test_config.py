@@ -188,3 +188,7 @@ def test_a_file_that_cannot_be_used_is_refused_by_name(content, message, tmp_pat
     if content is not None:
         file.write_bytes(content)
     assert_refused([str(file), message], load, file)
+
+
+def test_a_folder_is_not_taken_for_a_file(tmp_path):
+    assert_refused([str(tmp_path), "is a folder"], load, tmp_path)

@@ -65,7 +65,8 @@ def test_last_clip_begins_earlier_so_that_it_is_whole(folder):
 @pytest.mark.parametrize("name, content, words", [
     ("val.yaml", "img: none.tsv", "no `poses`"),
     ("val.yaml", "composite: true\nimg: a.tsv", "no `img`; expected a list"),
-    ("val_poses.tsv", "key0\tx\n", "different length"), ("val_images.lineidx", "0\n9999999\n", "no base64 of a picture"),
+    ("val_poses.tsv", "key0\tx\n", "different length"),
+    ("val_images.lineidx", "0\n9999999\n", "no base64 of a picture"),
     ("val_images.lineidx", "zero", "cannot be read"),
     ("val_vid2line.tsv", "key0\tfirst\nkey1\tsecond\n", "expected \\[first"),
     ("val_vid2line.tsv", "key0\t[0, 1]\nkey1\t[1, 2]\n", "given as offsets"),

@@ -224,12 +224,15 @@ def test_settings_make_the_run_again(place, tmp_path):
     assert np.array_equal(frames, np.stack(list(video.read(tmp_path / "b" / "frames"))))
 
 
-def test_the_size_is_that_of_the_training_if_none_is_asked_for(place, tmp_path):
+def test_the_size_is_that_of_the_training_if_none_is_asked_for_and_others_are_doubted(place, tmp_path, capsys):
     net = model("image")
     weights.write_folder(tmp_path / "portrait", net.state_dict(), replace(net.config, size=(32, 48)))
     sample.main(["--weights", str(tmp_path / "portrait"), "--ref", str(place / "ref.png"), "--poses",
                  str(place / "poses"), "-L", "1", "--steps", "2", "--out", str(tmp_path / "out")])
     assert video.picture(tmp_path / "out" / "frames" / "000000.png").size == (32, 48)
+    assert "may look worse" not in capsys.readouterr().err
+    run(tmp_path, tmp_path, "-L", 1, weights="portrait", ref=place / "ref.png", poses=place / "poses", out="other")
+    assert "trained on pictures of 32x48; other sizes may look worse" in capsys.readouterr().err
 
 
 def test_without_arguments_the_example_dances(place, tmp_path, monkeypatch):
@@ -393,14 +396,15 @@ def whole(folder):
             video.picture(path)
 
 
-def test_interrupted_run_leaves_whole_frames_and_no_video(place, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "terminated"])
+def test_interrupted_run_leaves_whole_frames_and_no_video(place, tmp_path, number):
     started = subprocess.Popen(command(place, tmp_path / "out", "--steps", "200"), cwd=ROOT, text=True,
                                stderr=subprocess.PIPE,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     while not (tmp_path / "out" / "frames" / "000001.png").exists():
         assert started.poll() is None, started.stderr.read()
         time.sleep(0.05)
-    started.send_signal(signal.SIGINT)
+    started.send_signal(number)
     errors = started.communicate()[1]
     assert started.returncode == 130 and errors.rstrip().endswith("interrupted") and "Traceback" not in errors
     assert not (tmp_path / "out" / "video.mp4").exists()
